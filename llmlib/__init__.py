@@ -1,0 +1,1 @@
+"""Hold the finished code of the course, one module per chapter."""
