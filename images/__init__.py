@@ -1,0 +1,1 @@
+"""Hold every picture of the course, and the code that draws it."""
