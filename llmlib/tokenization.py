@@ -6,11 +6,11 @@ import heapq
 import json
 import multiprocessing
 import os
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -22,7 +22,9 @@ WORD_PATTERN = r"\w+(?:['’-]\w+)*|[^\w\s]"
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _PRETOKEN = regex.compile(GPT2_PATTERN)
-_CHUNK_CHARS = 2**18  # of text held at once while streaming
+# The longest beginning of a text that ends between a visible character and whitespace.
+_CHUNK = regex.compile(r"(?s).*\S(?=\s)")
+_CHUNK_CHARS = 2**20  # of text held at once while streaming
 _CACHE_ENTRIES = 2**16  # pre-tokens whose IDs a tokenizer remembers
 _CACHE_CHARS = 64  # a longer pre-token is too rare to remember
 
@@ -76,12 +78,17 @@ class BPETokenizer:
         _check_special_tokens(special_tokens)
         self.merges = list(merges)
         self.special_tokens = dict(special_tokens)
-        self.vocab = {**vocab, **{i: token.encode() for token, i in special_tokens.items()}}
+        self.vocab = dict(vocab)
+        for token, i in special_tokens.items():
+            if self.vocab.setdefault(i, token.encode()) != token.encode():
+                raise ValueError(
+                    f"the special token {token!r} needs an ID of its own: {i} is {self.vocab[i]}"
+                )
         special_ids = set(special_tokens.values())
         self._ids = {token: i for i, token in vocab.items() if i not in special_ids}
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._cache: dict[str, list[int]] = {}
-        self._check(vocab)
+        self._check_merges()
 
     @property
     def vocab_size(self) -> int:
@@ -94,17 +101,29 @@ class BPETokenizer:
         A special token counts as one only where `allowed_special` names it (or is "all"), the longest first
         where two begin alike; any other is ordinary text. A lone surrogate raises ValueError.
         """
+        if allowed_special == "all":
+            allowed_special = self.special_tokens
+        if not self.special_tokens.keys() >= set(allowed_special):
+            raise ValueError(
+                f"allowed_special={allowed_special!r} must be 'all' or some of {list(self.special_tokens)}"
+            )
         _check_encodable(text)
-        return self._encode(text, self._allowed(allowed_special))
+        ids = []
+        for i, part in enumerate(_split_at_special(text, allowed_special)):
+            if i % 2:  # every other part is a special token
+                ids.append(self.special_tokens[part])
+                continue
+            for pretoken in _PRETOKEN.findall(part):
+                ids += self._cache.get(pretoken) or self._encode_pretoken(pretoken)
+        return ids
 
     def encode_iterable(self, lines: Iterable[str], allowed_special: Collection[str] = ()) -> Iterator[int]:
         """Yield the IDs of `"".join(lines)`, exactly, without ever holding more than a piece of it.
 
         Memory is constant as long as the text has a space or a line break here and there.
         """
-        allowed = self._allowed(allowed_special)
-        for chunk in _chunks(lines, allowed):
-            yield from self._encode(chunk, allowed)
+        for chunk in _chunks(lines):
+            yield from self.encode(chunk, allowed_special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -114,14 +133,17 @@ class BPETokenizer:
             raise ValueError(f"the ID {error} is not in the vocabulary of {self.vocab_size} tokens") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the tokenizer as JSON, each byte as the character of the same number (Latin-1)."""
+        """Write the tokenizer as JSON, each byte as the character of the same number (Latin-1).
+
+        What stood at `path` stays whole until the new file is.
+        """
         state = {
             "special_tokens": self.special_tokens,
             "vocab": {i: token.decode("latin-1") for i, token in self.vocab.items()},
             "merges": [[left.decode("latin-1"), right.decode("latin-1")] for left, right in self.merges],
         }
         path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        beside = path.with_name(path.name + ".new")
         try:
             beside.write_text(json.dumps(state, indent=0), encoding="utf-8")
             beside.replace(path)
@@ -162,44 +184,18 @@ class BPETokenizer:
             "llmlib", pat_str=GPT2_PATTERN, mergeable_ranks=self._ids, special_tokens=self.special_tokens
         )
 
-    def _check(self, vocab: dict[int, bytes]) -> None:
-        missing = [b for b in range(256) if bytes([b]) not in self._ids]
-        if missing:
-            raise ValueError(
-                f"the vocabulary lacks {len(missing)} of the 256 bytes, the first is {missing[0]}"
-            )
-        if len(set(self.special_tokens.values())) < len(self.special_tokens):
-            raise ValueError(f"two special tokens share an ID: {self.special_tokens}")
-        for token, i in self.special_tokens.items():
-            if vocab.get(i, token.encode()) != token.encode():
-                raise ValueError(f"the special token {token!r} needs an ID of its own: {i} is {vocab[i]}")
-        if len(self._ranks) < len(self.merges):
-            raise ValueError("merges must be distinct: a pair is there twice")
+    def _check_merges(self) -> None:
+        """Raise ValueError where the vocabulary lacks a byte, or a merge has parts that cannot arise."""
+        made = {bytes([b]) for b in range(256)}
+        if missing := made - self._ids.keys():
+            raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes: {min(missing)} is one")
         for left, right in self.merges:
-            if not (left and right and {left, right, left + right} <= self._ids.keys()):
+            if not {left, right} <= made or left + right not in self._ids:
                 raise ValueError(
-                    f"the merge of {left} and {right} needs both and their sum in the vocabulary"
+                    f"the merge of {left} and {right} needs both to be bytes or made by an earlier merge, "
+                    "and their sum in the vocabulary"
                 )
-
-    def _allowed(self, allowed_special: Collection[str]) -> Collection[str]:
-        if allowed_special == "all":
-            return self.special_tokens
-        if not self.special_tokens.keys() >= set(allowed_special):
-            raise ValueError(
-                f"allowed_special={allowed_special!r} must be 'all' or some of {list(self.special_tokens)}"
-            )
-        return allowed_special
-
-    def _encode(self, text: str, allowed_special: Collection[str]) -> list[int]:
-        ids = []
-        cache = self._cache
-        for i, part in enumerate(_split_at_special(text, allowed_special)):
-            if i % 2:  # every other part is a special token
-                ids.append(self.special_tokens[part])
-                continue
-            for pretoken in _PRETOKEN.findall(part):
-                ids += cache.get(pretoken) or self._encode_pretoken(pretoken)
-        return ids
+            made.add(left + right)
 
     def _encode_pretoken(self, pretoken: str) -> list[int]:
         ids = [self._ids[part] for part in self._merge(pretoken.encode())]
@@ -210,32 +206,11 @@ class BPETokenizer:
         return ids
 
     def _merge(self, pretoken: bytes) -> list[bytes]:
-        """Join neighbours, always the pair learned first and of those the leftmost, until none is left.
-
-        The candidates wait in a heap, and the parts are linked to their neighbours, so that n bytes cost
-        O(n log n). A candidate whose parts have changed in the meantime is dropped when it comes up.
-        """
+        """Join the pair that was learned first, wherever it stands, and so on until no pair is known."""
         parts = [bytes([b]) for b in pretoken]
-        previous = list(range(-1, len(parts) - 1))
-        following = list(range(1, len(parts) + 1))
-        parts.append(b"")  # the end, which merges with nothing
-        ranks = self._ranks
-        heap = [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = following[i]
-            if not parts[i] or ranks.get((parts[i], parts[j])) != rank:
-                continue
-            parts[i] += parts[j]
-            parts[j] = b""
-            k = following[i] = following[j]
-            if k < len(previous):
-                previous[k] = i
-            for left, right in ((previous[i], i), (i, k)):
-                if left >= 0 and (pair := (parts[left], parts[right])) in ranks:
-                    heapq.heappush(heap, (ranks[pair], left))
-        return [part for part in parts if part]
+        while known := self._ranks.keys() & set(pairwise(parts)):
+            parts = _join_pair(parts, min(known, key=self._ranks.__getitem__))
+        return parts
 
 
 def train_bpe(
@@ -251,8 +226,9 @@ def train_bpe(
     as one text; a file or an iterable may be larger than memory, since only distinct pre-tokens are kept.
     No token spans two pre-tokens or a part of a special token. IDs: 0 to 255 are the bytes, then come the
     special tokens, then the merges. Of equally frequent pairs the lexicographically greater pair of byte
-    strings wins. A text that runs out of pairs gives a smaller vocabulary. With `n_workers` processes the
-    result is the same; a script must guard its main part with `if __name__ == "__main__":`.
+    strings wins. A text that runs out of pairs gives a smaller vocabulary. `n_workers` processes share the
+    counting, with the same result; a script must then guard its main part with
+    `if __name__ == "__main__":`.
     Sennrich et al. 2016, arXiv:1508.07909.
     """
     _check_special_tokens(special_tokens)
@@ -265,13 +241,9 @@ def train_bpe(
     if n_workers < 1:
         raise ValueError(f"n_workers={n_workers} must be at least 1")
     count = partial(_count_pretokens, special_tokens=tuple(special_tokens))
-    chunks = _chunks(_read(text), special_tokens)
-    if n_workers == 1:
-        counts = _total(map(count, chunks))
-    else:
-        with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
-            batches = iter(lambda: list(islice(chunks, 4 * n_workers)), [])  # few chunks in memory at once
-            counts = _total(part for batch in batches for part in pool.map(count, batch))
+    counts: Counter[str] = Counter()
+    for part in _map(count, _chunks(_read(text)), n_workers):
+        counts.update(part)
     merges = _learn_merges(counts, n_merges)
     tokens = [bytes([b]) for b in range(256)]
     tokens += [token.encode() for token in special_tokens]
@@ -301,60 +273,61 @@ def gpt2_tokenizer() -> BPETokenizer:
 def _learn_merges(pretoken_counts: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
     """Return the merges that training finds in the counted pre-tokens.
 
-    Each distinct pre-token is one word with a count. A merge visits only the words that hold its pair, and
-    changes only the counts of the pairs it makes and breaks. Every new count goes on a heap; an old entry for
-    the same pair stays there, and is dropped when it comes up and no longer tells the pair's count.
+    A merge visits only the words that hold its pair, and changes only the counts of the pairs it makes and
+    breaks. A heap has the most frequent pair on top. A count that falls leaves its entry too high there: it
+    is put back with its present count when it comes up.
     """
     words = [[bytes([b]) for b in pretoken.encode()] for pretoken in pretoken_counts]
     word_counts = list(pretoken_counts.values())
-    pair_counts: Counter[tuple[bytes, bytes]] = Counter()
+    pair_counts: defaultdict[tuple[bytes, bytes], int] = defaultdict(int)
     words_with: defaultdict[tuple[bytes, bytes], set[int]] = defaultdict(set)
     for w, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += word_counts[w]
             words_with[pair].add(w)
 
-    descending = {bytes([b]): _descending(bytes([b])) for b in range(256)}
-    heap = [(-n, descending[pair[0]], descending[pair[1]], pair) for pair, n in pair_counts.items()]
+    heap = [_GreatestFirst((count, pair)) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < n_merges:
-        count, _, _, pair = heapq.heappop(heap)
-        if pair_counts[pair] != -count:
+        count, pair = heapq.heappop(heap)
+        if count != pair_counts[pair]:
+            if pair_counts[pair] > 0:
+                heapq.heappush(heap, _GreatestFirst((pair_counts[pair], pair)))
             continue
         merges.append(pair)
         token = pair[0] + pair[1]
-        descending[token] = _descending(token)
-        changes: Counter[tuple[bytes, bytes]] = Counter()
+        changes: defaultdict[tuple[bytes, bytes], int] = defaultdict(int)
         for w in words_with.pop(pair):
-            n = word_counts[w]
-            for old in pairwise(words[w]):
-                changes[old] -= n
-            words[w] = _merge_pair(words[w], pair, token)
-            for new in pairwise(words[w]):
-                changes[new] += n
-                words_with[new].add(w)
-        for changed, n in changes.items():
-            pair_counts[changed] += n
-            if n and pair_counts[changed]:
-                left, right = changed
-                heapq.heappush(heap, (-pair_counts[changed], descending[left], descending[right], changed))
+            for broken in pairwise(words[w]):
+                changes[broken] -= word_counts[w]
+            words[w] = _join_pair(words[w], pair)
+            for made in pairwise(words[w]):
+                changes[made] += word_counts[w]
+                if token in made:
+                    words_with[made].add(w)
+        for changed, change in changes.items():
+            pair_counts[changed] += change
+            if change > 0:
+                heapq.heappush(heap, _GreatestFirst((pair_counts[changed], changed)))
     return merges
 
 
-def _merge_pair(parts: list[bytes], pair: tuple[bytes, bytes], token: bytes) -> list[bytes]:
-    merged = []
+class _GreatestFirst(tuple):
+    """Order tuples the other way round, for a heap that gives the greatest first."""
+
+    def __lt__(self, other: tuple) -> bool:
+        return self > other
+
+
+def _join_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    joined = []
     for part in parts:
-        if part == pair[1] and merged and merged[-1] == pair[0]:
-            merged[-1] = token
+        if part == pair[1] and joined and joined[-1] == pair[0]:
+            joined[-1] += part
         else:
-            merged.append(part)
-    return merged
-
-
-def _descending(token: bytes) -> str:
-    """Return a string that sorts the other way round: the greater the bytes, the smaller the string."""
-    return "".join(chr(255 - b) for b in token) + chr(256)
+            joined.append(part)
+    return joined
 
 
 def _read(text: str | Path | Iterable[str]) -> Iterator[str]:
@@ -368,47 +341,42 @@ def _read(text: str | Path | Iterable[str]) -> Iterator[str]:
         yield from text
 
 
-def _count_pretokens(chunk: str, special_tokens: tuple[str, ...]) -> Counter[str]:
-    return _total(map(_PRETOKEN.findall, _split_at_special(chunk, special_tokens)[::2]))
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Regroup `texts` into chunks that have, in turn, the pre-tokens and special tokens of the whole.
+
+    A cut falls between a visible character and whitespace. No pre-token and no special token holds such a
+    place, and none looks beyond it. A text that has none for long is held until one comes.
+    """
+    held = ""
+    for text in texts:
+        for start in range(0, len(text), _CHUNK_CHARS):
+            held += text[start : start + _CHUNK_CHARS]
+            if len(held) >= _CHUNK_CHARS and (chunk := _CHUNK.match(held)):
+                yield chunk[0]
+                held = held[chunk.end() :]
+    yield held
 
 
-def _total(parts: Iterable[Iterable[str]]) -> Counter[str]:
+def _count_pretokens(chunk: str, special_tokens: Collection[str]) -> Counter[str]:
+    _check_encodable(chunk)
     counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part)
+    for part in _split_at_special(chunk, special_tokens)[::2]:
+        counts.update(_PRETOKEN.findall(part))
     return counts
 
 
-def _chunks(texts: Iterable[str], special_tokens: Collection[str]) -> Iterator[str]:
-    """Regroup `texts` into chunks whose pre-tokens and special tokens are, in turn, those of the whole.
-
-    A cut falls before a whitespace character that a visible one follows: GPT-2's pattern always begins a
-    pre-token there, and looks no further back or ahead. It may not fall inside a special token, nor right
-    before one, where the run of whitespace ends and is not shared with a word. A text with no such place
-    for long is held until one comes.
-    """
-    begun = {token[:i] for token in special_tokens for i in range(1, len(token)) if token[i].isspace()}
-    not_inside = "".join(f"(?<!{regex.escape(beginning)})" for beginning in begun)
-    not_before = "".join(f"(?!{regex.escape(token)})" for token in special_tokens)
-    last_cut_first = regex.compile(rf"(?r){not_inside}\s(?=\S){not_before}")
-    longest = max(map(len, special_tokens), default=0)
-
-    held, n_held, enough = [], 0, _CHUNK_CHARS
-    for text in texts:
-        _check_encodable(text)
-        for start in range(0, len(text), _CHUNK_CHARS):
-            held.append(text[start : start + _CHUNK_CHARS])
-            n_held += len(held[-1])
-            if n_held < enough:
-                continue
-            buffer = "".join(held)
-            # Only where a special token that begins there would be complete can it be seen.
-            cuts = (m.start() for m in last_cut_first.finditer(buffer) if m.end() + longest <= len(buffer))
-            cut = next(cuts, 0)
-            yield buffer[:cut]
-            held, n_held = [buffer[cut:]], len(buffer) - cut
-            enough = _CHUNK_CHARS + 2 * n_held
-    yield "".join(held)
+def _map(function: Callable, items: Iterable, n_workers: int) -> Iterator:
+    """Yield `function` of each item, in turn, computed by several processes; few items are held at once."""
+    if n_workers == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * n_workers:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def _split_at_special(text: str, special_tokens: Collection[str]) -> list[str]:
@@ -425,16 +393,19 @@ def _longest_first(special_tokens: Collection[str]) -> list[str]:
 def _check_special_tokens(special_tokens: Collection[str]) -> None:
     if isinstance(special_tokens, str):
         raise ValueError(f"special_tokens={special_tokens!r} is one string: give a list of strings")
-    repeated = [token for token, n in Counter(list(special_tokens)).items() if n > 1]
-    if repeated or "" in special_tokens:
-        raise ValueError(f"special tokens must be distinct and not empty: {list(special_tokens)}")
+    distinct = {token for token in special_tokens if regex.fullmatch(r"\S+", token)}
+    if len(distinct) < len(special_tokens):
+        raise ValueError(
+            f"special tokens must be distinct, not empty, and have no space: {list(special_tokens)}"
+        )
 
 
 def _check_encodable(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        i = error.start
         raise ValueError(
-            f"the text has a lone surrogate, {text[error.start]!r}, at position {error.start}, which is no "
-            "character: drop it, or read the text again with the right encoding"
+            f"the text has a lone surrogate, {text[i]!r}, in {text[max(0, i - 20) : i + 20]!r}: it is no "
+            "character; drop it, or read the text again with the right encoding"
         ) from None

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import regex
 import tiktoken
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -165,7 +165,7 @@ def test_training_equals_counting_anew(text, n_merges):
 
 @given(text=st.text(alphabet="<ab> "), n_merges=st.integers(0, 12))
 def test_training_never_merges_across_special_tokens(text, n_merges):
-    special_tokens = ("<a>", "<a><b>", "b b")
+    special_tokens = ("<a>", "<a><b>", "b<")
     tokenizer = train_bpe(text, 259 + n_merges, special_tokens)
     assert tokenizer.merges == naive_merges(text, n_merges, special_tokens)
 
@@ -184,10 +184,9 @@ def test_vocabulary_layout(trained):
 
 
 @given(text=crowded | texts, size=st.integers(1, 8), pieces=st.lists(st.integers(0, 9)))
-@example(text="a  <a>bb", size=8, pieces=[])
 def test_chunks_change_nothing(text, size, pieces):
     """Chunks of any size, from texts cut anywhere, hold the pre-tokens and special tokens of the whole."""
-    special_tokens = ("<a>", "<a><b", "a b")
+    special_tokens = ("<a>", "<a><b", "b<")
 
     def pretokens(chunk):
         parts = tokenization._split_at_special(chunk, special_tokens)
@@ -198,14 +197,14 @@ def test_chunks_change_nothing(text, size, pieces):
     blocks = [text[i:j] for i, j in pairwise([0, *cuts, len(text)])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenization, "_CHUNK_CHARS", size)
-        chunks = list(tokenization._chunks(blocks, special_tokens))
+        chunks = list(tokenization._chunks(blocks))
     assert "".join(chunks) == text
     assert [p for chunk in chunks for p in pretokens(chunk)] == pretokens(text)
 
 
 def test_chunks_are_small():
     lines = [f"line {i}<eos> of a long text\n\n" for i in range(100_000)]
-    chunks = list(tokenization._chunks(lines, ("<eos>",)))
+    chunks = list(tokenization._chunks(lines))
     assert "".join(chunks) == "".join(lines)
     assert max(map(len, chunks)) < 2 * tokenization._CHUNK_CHARS
 
@@ -237,10 +236,11 @@ def test_trained_tokenizer_equals_tiktoken(text, n_merges, other):
             "vocab_size=259 is too small for 256 bytes and 4 special tokens: give at least 260",
         ),
         ({"n_workers": 0}, "n_workers=0 must be at least 1"),
-        ({"special_tokens": ("<a>", "<a>")}, r"distinct and not empty: \['<a>', '<a>'\]"),
-        ({"special_tokens": ("",)}, r"distinct and not empty: \[''\]"),
+        ({"special_tokens": ("<a>", "<a>")}, r"distinct, not empty, and have no space: \['<a>', '<a>'\]"),
+        ({"special_tokens": ("",)}, r"have no space: \[''\]"),
+        ({"special_tokens": ("a b",)}, r"have no space: \['a b'\]"),
         ({"special_tokens": "<eos>"}, "special_tokens='<eos>' is one string"),
-        ({"text": "ab\ud800"}, r"a lone surrogate, '\\ud800', at position 2"),
+        ({"text": "ab\ud800"}, r"a lone surrogate, '\\ud800', in 'ab\\ud800'"),
         ({"text": ["ab", "\ud800"], "n_workers": 2}, "a lone surrogate"),
     ],
 )
@@ -307,8 +307,8 @@ def test_the_cache_is_bounded(trained, monkeypatch):
 
 
 def test_a_lone_surrogate_is_named(gpt2):
-    with pytest.raises(ValueError, match=r"a lone surrogate, '\\udc80', at position 3"):
-        gpt2.encode("abc\udc80")
+    with pytest.raises(ValueError, match=r"a lone surrogate, '\\udc80', in 'abc\\udc80d':"):
+        gpt2.encode("abc\udc80d")
     with pytest.raises(ValueError, match="a lone surrogate"):
         list(gpt2.encode_iterable(["abc\n", "\ud800"]))
 
@@ -335,11 +335,11 @@ BYTES = {i: bytes([i]) for i in range(256)}
 @pytest.mark.parametrize(
     ("vocab", "merges", "special_tokens", "message"),
     [
-        ({0: b"\0"}, [], {}, "lacks 255 of the 256 bytes, the first is 1"),
+        ({0: b"\0"}, [], {}, r"lacks 255 of the 256 bytes: b'\\x01' is one"),
         (BYTES, [(b"a", b"b")], {}, "the merge of b'a' and b'b' needs"),
-        (BYTES | {256: b"ab"}, [(b"a", b"b")] * 2, {}, "merges must be distinct"),
+        (BYTES | {256: b"abc"}, [(b"ab", b"c")], {}, "the merge of b'ab' and b'c' needs both to be bytes"),
         (BYTES | {256: b"ab"}, [(b"a", b"b")], {"<a>": 256}, "'<a>' needs an ID of its own: 256 is b'ab'"),
-        (BYTES, [], {"<a>": 256, "<b>": 256}, "two special tokens share an ID"),
+        (BYTES, [], {"<a>": 256, "<b>": 256}, "'<b>' needs an ID of its own: 256 is b'<a>'"),
     ],
 )
 def test_constructor_errors(vocab, merges, special_tokens, message):
@@ -365,7 +365,6 @@ def test_save_and_load(tmp_path):
     assert loaded.merges == trained.merges
     assert loaded.special_tokens == trained.special_tokens
     assert loaded.encode(STORY + "<eos>é", "all") == trained.encode(STORY + "<eos>é", "all")
-    assert [f.name for f in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 def test_a_save_that_fails_leaves_the_old_file(trained, tmp_path, monkeypatch):
