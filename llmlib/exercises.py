@@ -1,0 +1,419 @@
+"""Check a learner's solutions: one generator of cases an exercise, named as the exercise's stub."""
+
+import ast
+import copy
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+# (arguments, expected result). The expected result may be a function, called with the learner's result: it
+# returns None if all is well, else a phrase that says what was expected.
+Case = tuple[tuple[Any, ...], Any]
+
+
+def exercise(cases: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
+    """Mark a generator of cases as the exercise of its name."""
+    cases.is_exercise = True
+    return cases
+
+
+def check(stub: Callable) -> None:
+    """Print ○ while `stub` is untouched, ✓ if every case passes, else ✗ with the case that failed.
+
+    It never raises: a notebook with unsolved exercises runs to its end.
+    """
+    name = getattr(stub, "__name__", repr(stub))
+    cases = globals().get(name)
+    if not getattr(cases, "is_exercise", False):
+        print(f"✗ there is no exercise named {name}: keep the name that the stub had")
+    elif _untouched(stub):
+        print(f"○ {name} is waiting for you")
+    else:
+        print(_first_failure(stub, cases()) or f"✓ {name}: all checks passed")
+
+
+def _untouched(stub: Callable) -> bool:
+    """Say whether the body of the stub is still `...`, below its docstring."""
+    try:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(stub))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return False
+    if not isinstance(definition, ast.FunctionDef):
+        return False
+    statements = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
+    return [ast.unparse(statement) for statement in statements] == ["..."]
+
+
+def _first_failure(stub: Callable, cases: Iterator[Case]) -> str | None:
+    for args, expected in cases:
+        call = f"{stub.__name__}({', '.join(_short(arg) for arg in args)})"
+        given = copy.deepcopy(args)
+        try:
+            actual = stub(*given)
+        except Exception as error:
+            return f"✗ {call}\n  expected  a result\n  raised    {type(error).__name__}: {error}"
+        wanted = _wanted(actual, expected)
+        if wanted is not None:
+            return f"✗ {call}\n  expected  {wanted}\n  got       {_short(actual)}"
+        if not _same(given, args):
+            return f"✗ {call}\n  expected  its inputs left as they were\n  got       {_short(given)}"
+    return None
+
+
+def _wanted(actual: Any, expected: Any) -> str | None:
+    """Return None if `actual` is right, else a phrase that says what was wanted."""
+    try:
+        if not callable(expected):
+            return None if _same(actual, expected) else _short(expected)
+        return expected(actual)
+    except Exception as error:
+        return f"a result of another kind (looking at this one raised {type(error).__name__}: {error})"
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    """Compare numbers and arrays with a tolerance of 1e-5, containers item by item, the rest exactly."""
+    actual, expected = _as_array(actual), _as_array(expected)
+    if isinstance(expected, np.ndarray) and expected.ndim > 0:
+        same_shape = isinstance(actual, np.ndarray) and actual.shape == expected.shape
+        return same_shape and np.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    if isinstance(expected, dict):
+        same_keys = isinstance(actual, dict) and actual.keys() == expected.keys()
+        return same_keys and all(_same(actual[key], expected[key]) for key in expected)
+    if isinstance(expected, list | tuple):
+        same_length = isinstance(actual, type(expected)) and len(actual) == len(expected)
+        return same_length and all(_same(a, e) for a, e in zip(actual, expected, strict=True))
+    actual, expected = _as_number(actual), _as_number(expected)
+    if isinstance(expected, float) and isinstance(actual, int | float) and not isinstance(actual, bool):
+        return math.isclose(actual, expected, rel_tol=1e-5, abs_tol=1e-5)
+    return type(actual) is type(expected) and actual == expected
+
+
+def _as_array(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    # NumPy has no bfloat16.
+    return (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+
+
+def _as_number(value: Any) -> Any:
+    """Turn an array or NumPy scalar of one element into Python's own number."""
+    return value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+
+
+def _short(value: Any, limit: int = 300) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+# Chapter 00: start here
+
+
+@exercise
+def likeliest_next() -> Iterator[Case]:
+    followers = {"the": {"zoo": 1, "cat": 5, "ant": 2}, "a": {"yak": 1}}
+    yield (followers, "the"), "cat"
+    yield (followers, "a"), "yak"
+    yield ({"is": {"it": 3, "so": 4}}, "is"), "so"
+
+
+# Chapter 01: autograd
+
+
+@exercise
+def product_shape() -> Iterator[Case]:
+    yield ((3, 2), (2, 4)), (3, 4)
+    yield ((2, 4), (4, 1)), (2, 1)
+    yield ((2, 3), (2, 3)), None
+    yield ((8, 5, 2), (2, 7)), (8, 5, 7)
+    yield ((8, 5, 2), (5, 7)), None
+    yield ((6, 8, 5, 2), (2, 7)), (6, 8, 5, 7)
+
+
+@exercise
+def swish_and_slope() -> Iterator[Case]:
+    for x in (0.0, 1.0, -2.0, 5.0, 40.0, -40.0):
+        s = 1 / (1 + math.exp(-x))
+        yield (x,), (x * s, s + x * s * (1 - s))
+
+
+@exercise
+def safe_log_softmax() -> Iterator[Case]:
+    large = [[1000.0, 999.0], [-1000.0, -1001.0], [0.0, 1000.0], [0.0, 0.0, 0.0, 1000.0]]
+    for logits in ([2.0, 1.0, 0.0], [5.0], *large):
+        yield (logits,), torch.tensor(logits, dtype=torch.float64).log_softmax(0).tolist()
+
+
+@exercise
+def blame_order() -> Iterator[Case]:
+    diamond = {"loss": ["sum"], "sum": ["x", "square"], "square": ["x", "x"], "x": []}
+    long_way = {"loss": ["x", "a"], "a": ["b", "w"], "b": ["c"], "c": ["x"], "w": [], "x": []}
+    chain = {"loss": ["v0"], **{f"v{i}": [f"v{i + 1}"] for i in range(5000)}, "v5000": []}
+    early = {"loss": ["v", "u"], "v": ["u", "u"], "u": ["x", "x"], "x": []}
+    twice = {"loss": ["a", "b"], "a": ["x", "x"], "b": ["c"], "c": ["x"], "x": []}
+    for parents in ({"loss": []}, diamond, long_way, early, twice, chain):
+        for names in (list(parents), list(parents)[::-1]):
+            yield ({name: parents[name] for name in names}, "loss"), _each_after_all_that_use_it(parents)
+
+
+def _each_after_all_that_use_it(parents: dict[str, list[str]]) -> Callable[[list[str]], str | None]:
+    def wanted(order: list[str]) -> str | None:
+        if sorted(order) != sorted(parents):
+            return f"a list with each of {_short(sorted(parents), 100)} once"
+        place = {name: i for i, name in enumerate(order)}
+        for name in parents:
+            for parent in parents[name]:
+                if place[parent] < place[name]:
+                    return f"{parent!r} after {name!r}, which was made from it"
+        return None
+
+    return wanted
+
+
+# Chapter 02: tokenization
+
+
+@exercise
+def pad_batch() -> Iterator[Case]:
+    yield ([[5, 6, 7], [8]], 0), ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
+    yield ([[9, 9], [4, 9, 9]], 9), ([[9, 9, 9], [4, 9, 9]], [[1, 1, 0], [1, 1, 1]])
+    yield ([[1, 2], [3, 4]], 0), ([[1, 2], [3, 4]], [[1, 1], [1, 1]])
+    yield ([[], [3]], 7), ([[7], [3]], [[0], [1]])
+
+
+@exercise
+def split_special() -> Iterator[Case]:
+    yield ("a<|x|>b", ["<|x|>"]), ["a", "<|x|>", "b"]
+    yield ("either <|x or x|> alone", ["<|x|>"]), ["either <|x or x|> alone"]
+    yield ("<|x|><|x|>end", ["<|x|>"]), ["<|x|>", "<|x|>", "end"]
+    yield ("a<|end|><|end|>!", ["<|end|>", "<|end|>!"]), ["a", "<|end|>", "<|end|>!"]
+    yield ("a [x] b", ["[x]"]), ["a ", "[x]", " b"]
+    yield ("2*3", ["*"]), ["2", "*", "3"]
+    yield ("<|x|> <|x|>", ["<|x|>"]), ["<|x|>", " ", "<|x|>"]
+    yield ("ab<b>c", ["ab<", "<b>c"]), ["ab<", "b>c"]
+    yield ("ab<b>c", ["b<", "ab", "<b>c"]), ["ab", "<b>c"]
+    yield ("no marks", []), ["no marks"]
+    yield ("", ["<|x|>"]), []
+    yield ("", []), []
+
+
+@exercise
+def stream_text() -> Iterator[Case]:
+    yield ([b"A", b" fish"],), ["A", " fish"]
+    yield ([b"caf", b"\xc3", b"\xa9!"],), ["caf", "", "é!"]
+    yield ([b" \xf0\x9f", b"\x90", b"\x9f"],), [" ", "", "🐟"]
+    yield ([b"a\xff", b"b"],), ["a\ufffd", "b"]
+    yield ([b"\xe2\x82", b"A"],), ["", "\ufffdA"]
+    yield ([b"caf", b"\xc3"],), ["caf", "\ufffd"]
+    yield ([],), []
+
+
+@exercise
+def train_by_score() -> Iterator[Case]:
+    yield (["quit", "quiet", "the", "then", "that", "this"], 3), [("q", "u"), ("qu", "i"), ("i", "s")]
+    yield (["fish", "fisher", "shell", "she", "ship"], 3), [("i", "p"), ("f", "i"), ("e", "r")]
+    yield (["aaaa", "aab", "ba"], 4), [("a", "a"), ("b", "a"), ("aa", "b"), ("aa", "aa")]
+    yield (["ab"], 5), [("a", "b")]
+    yield (["ba", "ab", "ab"], 1), [("a", "b")]
+    yield (["bbab"], 2), [("b", "a"), ("ba", "b")]
+    yield (["ab", "ac"], 1), [("a", "c")]
+    yield (["aaaaa"], 3), [("a", "a"), ("aa", "a"), ("aa", "aaa")]
+
+
+# Chapter 03: data
+
+
+@exercise
+def shift_by_one() -> Iterator[Case]:
+    yield ([7, 3, 9, 1],), ([7, 3, 9], [3, 9, 1])
+    yield ([5, 5],), ([5], [5])
+    yield ([4, 4, 2, 4, 8],), ([4, 4, 2, 4], [4, 2, 4, 8])
+
+
+@exercise
+def count_windows() -> Iterator[Case]:
+    yield (10, 4, 1), 6
+    yield (9, 4, 4), 2
+    yield (8, 4, 4), 1
+    yield (5, 4, 4), 1
+    yield (10, 3, 2), 4
+    yield (4, 4, 1), 0
+    yield (4, 4, 2), 0
+    yield (2, 9, 3), 0
+
+
+@exercise
+def similarity() -> Iterator[Case]:
+    yield ("the cat sat on the mat", "the cat sat on the rug", 2), 4 / 6
+    yield ("The cat sat", "the Cat sat", 3), 1.0
+    yield ("a b c d", "a b c e", 3), 1 / 3
+    yield ("red blue", "blue green", 1), 1 / 3
+    yield ("a bc", "ab c", 2), 0.0
+    yield ("a b a b", "a b", 2), 1 / 2
+    yield ("one two three", "three two one", 2), 0.0
+    yield ("hi", "hello there you", 2), 0.0
+    yield ("hi", "hello", 2), 0.0
+
+
+@exercise
+def document_numbers() -> Iterator[Case]:
+    yield (torch.tensor([5, 6, 0, 7, 0, 8]), 0), torch.tensor([0, 0, 0, 1, 1, 2])
+    yield (torch.tensor([5, 0, 7, 6, 0]), 0), torch.tensor([0, 0, 1, 1, 1])
+    yield (torch.tensor([3, 0, 0, 4]), 0), torch.tensor([0, 0, 1, 2])
+    yield (torch.tensor([9, 9, 1, 3]), 9), torch.tensor([0, 1, 2, 2])
+    yield (torch.tensor([1, 9, 2, 9, 3, 9, 4, 9, 5]), 9), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
+
+    def whole_numbers(actual: Any) -> str | None:
+        wanted = torch.tensor([0, 0])
+        return None if _same(actual, wanted) and actual.dtype == torch.int64 else f"{wanted}, in int64"
+
+    yield (torch.tensor([4, 2]), 0), whole_numbers
+
+
+# Chapter 04: embeddings
+
+
+@exercise
+def input_parameters() -> Iterator[Case]:
+    yield (8192, 256, 384), 3_244_032
+    yield (50_257, 1024, 768), 39_383_808
+    yield (5, 3, 2), 16
+
+
+@exercise
+def cosine_table() -> Iterator[Case]:
+    a = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
+    b = torch.tensor([[30.0, 40.0], [-1.0, 0.0]])
+    expected = torch.tensor([[1.0, -0.6], [0.8, 0.0], [0.0, 0.0]])
+    yield (a, b), expected
+    yield (b, a), expected.T
+
+
+@exercise
+def analogy() -> Iterator[Case]:
+    # "emperor" is long: a dot product would choose it where the cosine chooses "queen".
+    words = ["man", "king", "woman", "queen", "emperor", "pear"]
+    vectors = torch.tensor(
+        [
+            [1.0, 0.1, 0.0],
+            [1.0, 2.0, 0.0],
+            [-1.0, 0.1, 0.0],
+            [-0.7, 1.8, 0.3],
+            [9.0, 20.0, 0.0],
+            [0.0, -1.0, 1.0],
+        ]
+    )
+    yield (vectors, words, "man", "king", "woman"), "queen"
+    yield (vectors, words, "king", "man", "queen"), "woman"
+    near = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [0.8, 0.4]])  # "cars" itself lies nearest
+    yield (near, ["hot", "cold", "cars", "buses"], "hot", "cold", "cars"), "buses"
+    question = ["big", "bigger", "old"]
+    for rows, others, expected in (
+        # b − a + c is (0, 3): "oil" is nearer to it, "older" has its direction.
+        ([[1, 0], [1, 2], [0, 1], [1, 3], [0, 30]], ["oil", "older"], "older"),
+        # "big" has exactly the direction of b − a + c = (1, 0).
+        ([[1, 0], [1, 1], [1, -1], [1, 0.2], [0, -1]], ["older", "oil"], "older"),
+        # "bigger" is nearest to b − a + c = (−0.1, 1.1).
+        ([[1, 0], [0, 1], [0.9, 0.1], [0.3, 1], [1, -1]], ["older", "oil"], "older"),
+        # b − a + c is (1, 0), and all allowed cosines are negative.
+        ([[0, 1], [0, 1.5], [1, -0.5], [-1, 0], [-0.2, 1]], ["oil", "older"], "older"),
+    ):
+        yield (torch.tensor(rows, dtype=torch.float32), question + others, *question), expected
+
+
+@exercise
+def move_position() -> Iterator[Case]:
+    def position(t: int, d_model: int) -> torch.Tensor:
+        angles = t * 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten().float()
+
+    for t, k, d_model in ((0, 1, 2), (5, 3, 8), (40, 25, 16), (30, -7, 8)):
+        yield (position(t, d_model), k), position(t + k, d_model)
+
+
+# Chapter 05: attention
+
+
+@exercise
+def retrieve() -> Iterator[Case]:
+    # Four keys of width 2, and one of width 9: neither √(number of keys) nor a plain softmax will do.
+    keys = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0], [-1.0, 0.0]])
+    values = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [5.0, 5.0, 5.0]])
+    expected = (keys @ torch.tensor([1.0, 0.5]) / math.sqrt(2)).softmax(dim=0) @ values
+    yield (torch.tensor([1.0, 0.5]), keys, values), expected
+    yield (torch.ones(9), torch.ones(1, 9), torch.tensor([[3.0, 4.0]])), torch.tensor([3.0, 4.0])
+    yield (torch.tensor([900.0, 0.0]), keys, values), torch.tensor([1.0, 0.0, 0.0])
+
+
+@exercise
+def window_mask() -> Iterator[Case]:
+    for T, window in ((4, 2), (5, 3), (4, 1), (3, 8)):
+        back = torch.arange(T)[:, None] - torch.arange(T)
+        yield (T, window), _boolean((back >= 0) & (back < window))
+
+
+def _boolean(expected: torch.Tensor) -> Callable[[Any], str | None]:
+    """Expect `expected`, in booleans: zeros and ones would compare as equal."""
+
+    def wanted(actual: Any) -> str | None:
+        if getattr(_as_array(actual), "dtype", None) != np.dtype(bool):
+            return f"a tensor of booleans: {_short(expected)}"
+        return _wanted(actual, expected)
+
+    return wanted
+
+
+@exercise
+def leaks() -> Iterator[Case]:
+    def weights(Q: torch.Tensor, K: torch.Tensor, first_hidden: int = 1) -> torch.Tensor:
+        scores = Q @ K.mT / math.sqrt(Q.shape[-1])
+        hidden = torch.ones_like(scores).triu(first_hidden).bool()
+        return scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
+
+    def mask_before_softmax(Q, K, V):
+        return weights(Q, K) @ V
+
+    def no_mask(Q, K, V):
+        return weights(Q, K, first_hidden=len(Q)) @ V
+
+    def zero_after_softmax(Q, K, V):
+        return weights(Q, K, first_hidden=len(Q)).tril() @ V
+
+    def zero_after_softmax_then_divide_by_the_sum(Q, K, V):
+        kept = weights(Q, K, first_hidden=len(Q)).tril()
+        return kept / kept.sum(dim=-1, keepdim=True) @ V
+
+    def mask_from_the_second_next_token_on(Q, K, V):
+        return weights(Q, K, first_hidden=2) @ V
+
+    def first_token_sees_the_second(Q, K, V):
+        return torch.cat([weights(Q[:1], K[:2], first_hidden=2) @ V[:2], (weights(Q, K) @ V)[1:]])
+
+    def right_weights_on_the_next_values(Q, K, V):
+        return weights(Q, K) @ V.roll(-1, dims=-2)
+
+    def middle_token_sees_all(Q, K, V):  # where there are two tokens, it is the last
+        middle = torch.arange(len(Q))[:, None] == len(Q) // 2
+        return torch.where(middle, weights(Q, K, first_hidden=len(Q)), weights(Q, K)) @ V
+
+    def last_value_in_the_last_row_but_one(Q, K, V):
+        row = torch.arange(len(Q))[:, None] == max(len(Q) - 2, 1)
+        return weights(Q, K) @ V + row * V[-1]
+
+    def query_of_the_next_token(Q, K, V):
+        return weights(Q.roll(-1, dims=-2), K) @ V
+
+    yield (mask_before_softmax,), False
+    yield (no_mask,), True
+    yield (zero_after_softmax,), True
+    yield (mask_from_the_second_next_token_on,), True
+    yield (right_weights_on_the_next_values,), True
+    yield (first_token_sees_the_second,), True
+    yield (middle_token_sees_all,), True
+    yield (last_value_in_the_last_row_but_one,), True
+    yield (query_of_the_next_token,), True
+    yield (zero_after_softmax_then_divide_by_the_sum,), False
