@@ -15,18 +15,21 @@ from tqdm import tqdm
 class InputEmbeddings(nn.Module):
     """Add to the vector of each token the vector of its position.
 
-    `positions` is LearnedPositions, SinusoidalPositions, or any module that maps positions to vectors.
+    `positions` is LearnedPositions, SinusoidalPositions, any module that maps positions to vectors, or None
+    for a model that tells positions in another way.
     """
 
-    def __init__(self, vocab_size: int, d_model: int, positions: nn.Module) -> None:
+    def __init__(self, vocab_size: int, d_model: int, positions: nn.Module | None) -> None:
         super().__init__()
         self.tok_emb = nn.Embedding(vocab_size, d_model)
         self.pos_emb = positions
 
     def forward(self, ids: Int64[Tensor, "*B T"], start: int = 0) -> Float[Tensor, "*B T C"]:
         """Embed tokens, the first of which stands at position `start`."""
-        positions = torch.arange(start, start + ids.shape[-1], device=ids.device)
-        return self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
+        x = self.tok_emb(ids)  # (B, T, C)
+        if self.pos_emb is None:
+            return x
+        return x + self.pos_emb(torch.arange(start, start + ids.shape[-1], device=ids.device))  # + (T, C)
 
 
 class LearnedPositions(nn.Embedding):
