@@ -24,12 +24,18 @@ class InputEmbeddings(nn.Module):
         self.tok_emb = nn.Embedding(vocab_size, d_model)
         self.pos_emb = positions
 
-    def forward(self, ids: Int64[Tensor, "*B T"], start: int = 0) -> Float[Tensor, "*B T C"]:
-        """Embed tokens, the first of which stands at position `start`."""
+    def forward(
+        self, ids: Int64[Tensor, "*B T"], start: int | Int64[Tensor, "*B 1"] = 0
+    ) -> Float[Tensor, "*B T C"]:
+        """Embed tokens, the first of which stands at position `start`: one for all rows, or one for each.
+
+        A row that starts before 0 is padded there; its padding gets the vector of position 0.
+        """
         x = self.tok_emb(ids)  # (B, T, C)
         if self.pos_emb is None:
             return x
-        return x + self.pos_emb(torch.arange(start, start + ids.shape[-1], device=ids.device))  # + (T, C)
+        positions = start + torch.arange(ids.shape[-1], device=ids.device)  # (T), or (B, T)
+        return x + self.pos_emb(positions.clamp(min=0))
 
 
 class LearnedPositions(nn.Embedding):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from llmlib.attention import Cache, CrossAttention, MultiHeadAttention
 from llmlib.embeddings import InputEmbeddings, LearnedPositions, SinusoidalPositions
 
-IGNORED = -100  # a target that doesn't count: the convention of PyTorch
+IGNORE_INDEX = -100  # a target that doesn't count: the convention of PyTorch
 
-# The parts that counts are given for, by what their names hold.
-PARTS = {
+# What a name holds, and the part that it counts in: the first that fits, so attn_norm is a norm.
+_PARTS = {
     "tok_emb": "token table",
     "pos_emb": "positions",
     "norm": "norms",
@@ -52,13 +52,12 @@ class GPTConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model={self.d_model} can't be split into n_heads={self.n_heads} equal heads: "
-                "choose a number of heads that divides the width"
-            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share of the numbers, from 0 to below 1, got {self.dropout}")
+        with torch.device(
+            "meta"
+        ):  # attention knows which sizes fit together; on meta, making it costs nothing
+            self.attention()
 
     def positions(self) -> nn.Module | None:
         """Make what adds positions to the token vectors, or None where attention tells them itself."""
@@ -139,8 +138,8 @@ class GPT(nn.Module):
     """Predict, at every position of a text, the token that follows.
 
     The parts come from the configuration; with `tied`, the output head is the token table. Fresh weights are
-    those of GPT-2: normal with deviation 0.02, divided by √(2 n_layers) in the two projections of each block
-    that write to the residual path, so that its variance doesn't grow with depth.
+    as in the paper of GPT-2: normal with deviation 0.02, divided by √(2 n_layers) in the two projections of
+    each block that write to the residual path, so that its variance doesn't grow with depth.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -159,51 +158,79 @@ class GPT(nn.Module):
         self,
         ids: Int64[Tensor, "B T"],
         caches: Sequence[Cache] | None = None,
-        mask: Bool[Tensor, "#B #T S"] | None = None,
+        padding: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Return the logits of the next token, at each position.
 
-        With `caches`, one for each block, `ids` continue the tokens that they hold. `mask` is False where a
-        query may not look, on top of the causal rule. ValueError on an empty batch, on IDs beyond the
-        vocabulary, and on more than `max_seq_len` tokens.
+        With `caches`, one for each block, `ids` continue the tokens that they hold. `padding` says how many
+        tokens at the left of each row, cached ones among them, are none and are not seen. ValueError on an
+        empty batch, on IDs beyond the vocabulary, and on more than `max_seq_len` tokens.
         """
-        return self.lm_head(self.hidden(ids, caches, mask))  # (B, T, V)
+        return self.lm_head(self.hidden(ids, caches, padding))  # (B, T, V)
 
     def hidden(
         self,
         ids: Int64[Tensor, "B T"],
         caches: Sequence[Cache] | None = None,
-        mask: Bool[Tensor, "#B #T S"] | None = None,
+        padding: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         """Return the vectors that the output head reads."""
-        start = 0 if caches is None else caches[0].n_tokens
-        x = self.dropout(self._embed(ids, start))  # (B, T, C)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        caches = [None] * len(self.blocks) if caches is None else caches
+        if len(caches) != len(self.blocks):
+            raise ValueError(f"{len(caches)} caches for {len(self.blocks)} blocks: give one for each")
+        start = 0 if caches[0] is None else caches[0].n_tokens
+        shift, mask = 0, None
+        if padding is not None:
+            shift = padding[:, None]  # (B, 1)
+            mask = _unpadded(start, start + ids.shape[1], padding)  # (B, T, S)
+        x = self.dropout(_embed(self, ids, start, shift))  # (B, T, C)
+        for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache, mask)
         return self.final_norm(x)
 
-    def loss(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"]) -> Float[Tensor, ""]:
+    def loss(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B _"]) -> Float[Tensor, ""]:
         """Return the mean of −log p(target), in nats, over the targets that are not −100."""
+        if ids.shape != targets.shape:
+            raise ValueError(
+                f"tokens of shape {tuple(ids.shape)} need as many targets, got {tuple(targets.shape)}"
+            )
         return linear_cross_entropy(self.hidden(ids).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def _embed(self, ids: Int64[Tensor, "B T"], start: int) -> Float[Tensor, "B T C"]:
-        vocab_size, max_seq_len = self.config.vocab_size, self.config.max_seq_len
-        if ids.numel() == 0:
-            raise ValueError(
-                f"no token in a batch of shape {tuple(ids.shape)}: give at least one text of one"
-            )
-        if start + ids.shape[1] > max_seq_len:
-            raise ValueError(
-                f"{start + ids.shape[1]} tokens don't fit into max_seq_len={max_seq_len}: "
-                "shorten the text, or build the model with a longer max_seq_len"
-            )
-        try:
-            return self.embeddings(ids, start)
-        except IndexError:
-            raise ValueError(
-                f"token IDs {ids.min()} to {ids.max()} don't fit into vocab_size={vocab_size} "
-                f"(0 to {vocab_size - 1}): take the tokenizer that the model was built for"
-            ) from None
+
+def _unpadded(start: int, end: int, padding: Int64[Tensor, " B"]) -> Bool[Tensor, "B T S"]:
+    """Let the tokens from `start` to `end` see no padding, but themselves: a softmax over nothing is NaN."""
+    if padding.min() < 0:
+        raise ValueError(f"padding {padding.min()} is no number of tokens: give 0 or more for each row")
+    keys = torch.arange(end, device=padding.device)  # (S)
+    queries = keys[start:, None]  # (T, 1)
+    return (keys >= padding[:, None, None]) | (keys == queries)
+
+
+def _embed(
+    model: GPT | EncoderDecoder,
+    ids: Int64[Tensor, "B T"],
+    start: int = 0,
+    shift: int | Int64[Tensor, "B 1"] = 0,
+) -> Float[Tensor, "B T C"]:
+    """Embed tokens whose positions begin at `start - shift`, after a look at whether they fit the model."""
+    if ids.numel() == 0:
+        raise ValueError(f"no token in a batch of shape {tuple(ids.shape)}: give at least one text of one")
+    if start + ids.shape[1] > model.config.max_seq_len:
+        raise ValueError(
+            f"{start + ids.shape[1]} tokens don't fit into max_seq_len={model.config.max_seq_len}: "
+            "shorten the text, or build the model with a longer max_seq_len"
+        )
+    _check_ids("token IDs", ids, model.config.vocab_size)
+    return model.embeddings(ids, start - shift)
+
+
+def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+    low, high = (bound.item() for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{what} {low} to {high} don't fit into vocab_size={vocab_size} (0 to {vocab_size - 1}): "
+            "take the tokenizer that the model was built for"
+        )
 
 
 @torch.no_grad()
@@ -226,17 +253,15 @@ def linear_cross_entropy(
     The logits, the largest tensor of a training step, exist for `n_rows` tokens at a time, and never for the
     whole batch. ValueError on targets beyond the vocabulary, and where all of them are −100.
     """
-    counted = targets[targets != IGNORED]
-    if len(counted) == 0:
-        raise ValueError(f"all {len(targets)} targets are {IGNORED}: give at least one token to predict")
-    if counted.min() < 0 or counted.max() >= len(weight):
-        raise ValueError(
-            f"targets {counted.min()} to {counted.max()} don't fit into vocab_size={len(weight)} "
-            f"(0 to {len(weight) - 1}): take the tokenizer that the model was built for"
-        )
-    if not torch.is_grad_enabled():
+    counted = targets != IGNORE_INDEX
+    if not counted.any():
+        raise ValueError(f"all {len(targets)} targets are {IGNORE_INDEX}: give at least one token to predict")
+    if not counted.all():
+        x, targets = x[counted], targets[counted]
+    _check_ids("targets", targets, len(weight))
+    if not torch.is_grad_enabled():  # a Function would compute gradients even so
         x, weight = x.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(x, weight, targets, n_rows) / len(counted)
+    return _LinearCrossEntropy.apply(x, weight, targets, n_rows) / len(targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -250,42 +275,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(x)
         exact = torch.promote_types(dtype, torch.float32)
         x, w = x.to(dtype), weight.to(dtype)
-        loss, d_x, d_weight = x.new_zeros((), dtype=exact), torch.empty_like(x), torch.zeros_like(weight)
+        loss = x.new_zeros((), dtype=exact)
+        d_x = torch.empty_like(x)
+        d_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         for rows, d_rows, ids in zip(*(t.split(n_rows) for t in (x, d_x, targets[:, None])), strict=True):
-            counts, ids = ids != IGNORED, ids.clamp(min=0)  # (n, 1)
             logp = F.log_softmax(rows @ w.mT, dim=-1, dtype=exact)  # (n, V)
-            loss -= (logp.gather(1, ids) * counts).sum()
+            loss -= logp.gather(1, ids).sum()
             if any(ctx.needs_input_grad):
-                d_logits = logp.exp_().scatter_add_(1, ids, -counts.to(exact)).mul_(counts).to(dtype)
+                d_logits = logp.exp_().scatter_add_(1, ids, logp.new_full(ids.shape, -1)).to(dtype)
                 torch.mm(d_logits, w, out=d_rows)
+            if d_weight is not None:
                 d_weight += d_logits.mT @ rows
         ctx.save_for_backward(d_x, d_weight)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
+        if torch.is_grad_enabled():  # the gradients are constants here, and would have none of their own
+            raise NotImplementedError(
+                "this loss has first derivatives only: use F.cross_entropy on the logits"
+            )
         d_x, d_weight = ctx.saved_tensors
-        return d_x * d_loss, d_weight * d_loss, None, None
+        return d_x * d_loss, None if d_weight is None else d_weight * d_loss, None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which a matrix product with `x` runs here: autocast's, else its own."""
+    """Return the type in which a matrix product with `x` runs: autocast's, which spares float64, or x's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 @torch.no_grad()
 def greedy(model: GPT, ids: Int64[Tensor, "B T"], n_tokens: int) -> Int64[Tensor, "B _"]:
-    """Append the most likely next token, `n_tokens` times; the model sees the last `max_seq_len` tokens."""
+    """Append the most likely next token, `n_tokens` times; the model sees the last `max_seq_len` tokens.
+
+    Dropout stays as the model has it: call `model.eval()` first.
+    """
     for _ in range(n_tokens):
-        logits = model(ids[:, -model.config.max_seq_len :])[:, -1]  # (B, V)
+        x = model.hidden(ids[:, -model.config.max_seq_len :])[:, -1]  # (B, C)
+        logits = model.lm_head(x)  # (B, V)
         ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)  # (B, T + 1)
     return ids
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Return the number of parameters in each part of a model; a tied head counts with the token table."""
-    parts = dict.fromkeys(PARTS.values(), 0)
+    parts = dict.fromkeys(_PARTS.values(), 0)
     for name, parameter in model.named_parameters():
         parts[_part(name)] += parameter.numel()
     return parts
@@ -296,9 +333,9 @@ def count_flops(model: GPT, seq_len: int) -> dict[str, int]:
 
     This is the forward pass of the last token alone: 2 for each weight of a matrix, and in each layer
     4 d_model for each token that it looks at. Norms, softmax and GELU are left out. A training step costs
-    three times the forward pass. Kaplan et al. 2020, section 2.1, arXiv:2001.08361.
+    three times the forward pass. Hoffmann et al. 2022, appendix F, arXiv:2203.15556.
     """
-    parts = dict.fromkeys(PARTS.values(), 0)
+    parts = dict.fromkeys(_PARTS.values(), 0)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             parts[_part(name)] += 2 * layer.weight.numel()
@@ -307,7 +344,12 @@ def count_flops(model: GPT, seq_len: int) -> dict[str, int]:
 
 
 def _part(name: str) -> str:
-    return next(part for key, part in PARTS.items() if key in name)
+    for key, part in _PARTS.items():
+        if key in name:
+            return part
+    raise ValueError(
+        f"no part of {list(_PARTS.values())} fits {name}: its name must hold one of {list(_PARTS)}"
+    )
 
 
 class EncoderBlock(nn.Module):
@@ -320,10 +362,11 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.attn, self.attn_norm = _cross_attention(config), config.norm()
         self.ffn, self.ffn_norm = config.feed_forward(), config.norm()
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        x = self.attn_norm(x + self.attn(x, x))
-        return self.ffn_norm(x + self.ffn(x))
+        x = self.attn_norm(x + self.dropout(self.attn(x, x)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -334,18 +377,19 @@ class DecoderBlock(nn.Module):
         self.attn, self.attn_norm = config.attention(), config.norm()
         self.cross_attn, self.cross_norm = _cross_attention(config), config.norm()
         self.ffn, self.ffn_norm = config.feed_forward(), config.norm()
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B T C"], memory: Float[Tensor, "B S C"]) -> Float[Tensor, "B T C"]:
-        x = self.attn_norm(x + self.attn(x))
-        x = self.cross_norm(x + self.cross_attn(x, memory))
-        return self.ffn_norm(x + self.ffn(x))
+        x = self.attn_norm(x + self.dropout(self.attn(x)))
+        x = self.cross_norm(x + self.dropout(self.cross_attn(x, memory)))
+        return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class EncoderDecoder(nn.Module):
     """Read one sequence whole, then predict another from left to right: the transformer of 2017.
 
-    One token table serves both sides and the output, as in Vaswani et al. 2017, section 3.4. GELU stands in
-    for their ReLU.
+    One token table serves both sides and the output, as in Vaswani et al. 2017, section 3.4. Unlike theirs,
+    it has GELU for ReLU, doesn't multiply the token vectors by √d_model, and spares them in dropout.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -357,19 +401,21 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.embeddings.tok_emb.weight
+        # So that the logits begin near deviation 1.
+        nn.init.normal_(self.lm_head.weight, std=config.d_model**-0.5)
 
     def forward(self, source: Int64[Tensor, "B S"], ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Return the logits of the target's next token, after each of its tokens `ids`."""
         return self.decode(ids, self.encode(source))
 
     def encode(self, source: Int64[Tensor, "B S"]) -> Float[Tensor, "B S C"]:
-        x = self.embeddings(source)
+        x = _embed(self, source)
         for block in self.encoder:
             x = block(x)
         return x
 
     def decode(self, ids: Int64[Tensor, "B T"], memory: Float[Tensor, "B S C"]) -> Float[Tensor, "B T V"]:
-        x = self.embeddings(ids)
+        x = _embed(self, ids)
         for block in self.decoder:
             x = block(x, memory)
         return self.lm_head(x)

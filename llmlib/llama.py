@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,68 +12,6 @@ from torch import Tensor, nn
 
 from llmlib.attention import MultiHeadAttention, Positions
 from llmlib.gpt import GPTConfig, compute_dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaConfig(GPTConfig):
-    """Say how large a Llama is: `GPT(LlamaConfig(…))` is the model.
-
-    `n_kv_heads` is `n_heads` unless given: 1 is multi-query attention. `d_ff` is 8/3 d_model unless given,
-    rounded up to a multiple of 32, so that SwiGLU's three matrices hold about what GPT-2's two hold.
-    ValueError where heads can't be shared evenly or are too odd to turn.
-    Touvron et al. 2023, arXiv:2302.13971.
-    """
-
-    n_kv_heads: int | None = None
-    rope_base: float = 10_000.0
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        if n_kv_heads < 1 or self.n_heads % n_kv_heads:
-            raise ValueError(
-                f"n_heads={self.n_heads} can't share n_kv_heads={n_kv_heads} evenly: "
-                "choose a number of key/value heads that divides the number of heads"
-            )
-        if self.d_model // self.n_heads % 2:
-            raise ValueError(
-                f"d_head = d_model / n_heads = {self.d_model // self.n_heads} is odd: "
-                "rotary positions turn pairs of numbers, choose an even width"
-            )
-
-    def positions(self) -> None:
-        return None
-
-    def norm(self) -> nn.Module:
-        return RMSNorm(self.d_model, self.norm_eps)
-
-    def attention(self) -> MultiHeadAttention:
-        return GroupedQueryAttention(
-            self.d_model,
-            self.n_heads,
-            self.n_kv_heads or self.n_heads,
-            dropout=self.dropout,
-            bias=self.bias,
-            positions=RotaryPositions(self.d_model // self.n_heads, self.rope_base),
-        )
-
-    def feed_forward(self) -> nn.Module:
-        d_ff = self.d_ff or -(-8 * self.d_model // 3 // 32) * 32
-        return SwiGLU(self.d_model, d_ff, bias=self.bias)
-
-
-SMOLLM2_135M = LlamaConfig(
-    vocab_size=49_152,
-    max_seq_len=8192,
-    d_model=576,
-    n_layers=30,
-    n_heads=9,
-    n_kv_heads=3,
-    d_ff=1536,
-    rope_base=100_000.0,
-)
-LLAMA_TINY = LlamaConfig(vocab_size=4096, max_seq_len=256, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2)
 
 
 class RMSNorm(nn.Module):
@@ -115,18 +54,21 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, d_head: int, base: float = 10_000.0) -> None:
         super().__init__()
-        self.register_buffer("frequencies", rope_frequencies(d_head, base), persistent=False)
+        if d_head % 2:
+            raise ValueError(f"d_head={d_head} is odd: rotary positions turn pairs, choose an even width")
+        # No buffer: it must stay in float32 in a model of bfloat16, which can't tell position 1000 from 1001.
+        self.frequencies = rope_frequencies(d_head, base)
 
     def forward(self, x: Float[Tensor, "*B T D"], start: int) -> Float[Tensor, "*B T D"]:
         """Turn T vectors, the first of which stands at position `start`."""
         positions = torch.arange(start, start + x.shape[-2], device=x.device)
-        angles = torch.outer(positions, self.frequencies)  # (T, D / 2)
+        angles = torch.outer(positions, self.frequencies.to(x.device))  # (T, D / 2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)  # (B, H, T, D)
 
 
-def rope_frequencies(d_head: int, base: float = 10_000.0) -> Float[Tensor, " D"]:
+def rope_frequencies(d_head: int, base: float = 10_000.0) -> Float[Tensor, " {d_head}//2"]:
     """Return the d_head / 2 frequencies base^(−2i / d_head), in radians a token."""
     return base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
 
@@ -156,6 +98,54 @@ class GroupedQueryAttention(MultiHeadAttention):
             )
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.d_head, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.d_head, bias=bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(GPTConfig):
+    """Say how large a Llama is: `GPT(LlamaConfig(…))` is the model.
+
+    `n_kv_heads` is `n_heads` unless given: 1 is multi-query attention. `d_ff` is 8/3 d_model unless given,
+    rounded up to a multiple of 32, so that SwiGLU's three matrices hold about what GPT-2's two hold.
+    ValueError where heads can't be shared evenly or are too odd to turn.
+    Touvron et al. 2023, arXiv:2302.13971.
+    """
+
+    n_kv_heads: int | None = None
+    rope_base: float = 10_000.0
+    bias: bool = False
+
+    def positions(self) -> None:
+        return None
+
+    def norm(self) -> nn.Module:
+        return RMSNorm(self.d_model, self.norm_eps)
+
+    def attention(self) -> MultiHeadAttention:
+        return GroupedQueryAttention(
+            self.d_model,
+            self.n_heads,
+            self.n_heads if self.n_kv_heads is None else self.n_kv_heads,
+            dropout=self.dropout,
+            bias=self.bias,
+            positions=RotaryPositions(self.d_model // self.n_heads, self.rope_base),
+        )
+
+    def feed_forward(self) -> nn.Module:
+        d_ff = self.d_ff or 32 * math.ceil(self.d_model / 12)  # 8/3 d_model, in multiples of 32
+        return SwiGLU(self.d_model, d_ff, bias=self.bias)
+
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49_152,
+    max_seq_len=8192,
+    d_model=576,
+    n_layers=30,
+    n_heads=9,
+    n_kv_heads=3,
+    d_ff=1536,
+    rope_base=100_000.0,
+)
+LLAMA_TINY = LlamaConfig(vocab_size=4096, max_seq_len=256, d_model=256, n_layers=4, n_heads=4, n_kv_heads=2)
 
 
 def interleave(weight: Float[Tensor, "R ..."], d_head: int) -> Float[Tensor, "R ..."]:

@@ -1,10 +1,13 @@
-"""Check the shapes in every signature of llmlib, and start the notebooks' kernels safely."""
+"""Check the shapes in every signature of llmlib, compute on one thread, and start kernels safely."""
 
 import nbval.kernel
+import torch
 from jaxtyping import install_import_hook
 
 # Before any test module imports llmlib: from here on, a tensor whose shape breaks its annotation is an error.
 install_import_hook("llmlib", "beartype.beartype")
+
+torch.set_num_threads(1)  # tests are so small that they would wait for a second thread longer than they run
 
 _start_kernel = nbval.kernel.start_new_kernel
 

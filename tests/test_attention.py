@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llmlib.attention import CrossAttention, MultiHeadAttention, attention_weights, causal_mask
+from tests.caches import GrowingCache
 
 heads = st.integers(1, 4)
 widths = st.integers(1, 6)
@@ -41,19 +42,6 @@ class Turn:
         angle = torch.arange(start, start + x.shape[-2])[:, None] / 3  # (T, 1)
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
-
-
-class GrowingCache:
-    """Keep every key and value."""
-
-    def __init__(self):
-        self.n_tokens, self.k, self.v = 0, None, None
-
-    def update(self, k, v):
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=-2), torch.cat([self.v, v], dim=-2)
-        self.n_tokens, self.k, self.v = k.shape[-2], k, v
-        return k, v
 
 
 class GroupedHeads(MultiHeadAttention):

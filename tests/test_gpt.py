@@ -19,6 +19,7 @@ from llmlib.gpt import (
     GPT2_MEDIUM,
     GPT2_SMALL,
     GPT2_XL,
+    IGNORE_INDEX,
     EncoderDecoder,
     FeedForward,
     GPTConfig,
@@ -29,8 +30,11 @@ from llmlib.gpt import (
     greedy,
     linear_cross_entropy,
 )
+from llmlib.llama import LlamaConfig
+from tests.caches import GrowingCache
 
-TINY = GPTConfig(vocab_size=17, max_seq_len=12, d_model=16, n_layers=2, n_heads=4)
+CONFIG_SIZES = dict(vocab_size=17, max_seq_len=12, d_model=16, n_layers=2, n_heads=4)
+TINY = GPTConfig(**CONFIG_SIZES)
 
 configs = st.builds(
     lambda d_head, **sizes: GPTConfig(d_model=d_head * sizes["n_heads"], **sizes),
@@ -43,28 +47,6 @@ configs = st.builds(
     bias=st.booleans(),
     tied=st.booleans(),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small products wait for a second thread longer than they run."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-class GrowingCache:
-    """Keep every key and value."""
-
-    def __init__(self):
-        self.n_tokens, self.k, self.v = 0, None, None
-
-    def update(self, k, v):
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=-2), torch.cat([self.v, v], dim=-2)
-        self.n_tokens, self.k, self.v = k.shape[-2], k, v
-        return k, v
 
 
 def lively(config: GPTConfig) -> GPT:
@@ -332,7 +314,10 @@ def test_linear_cross_entropy_without_gradients():
     x.requires_grad_()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss = linear_cross_entropy(x, weight, targets)
-    assert counter.get_total_flops() == 2 * x.numel() * len(weight)  # the logits, and no gradient
+    n_counted = int((targets != IGNORE_INDEX).sum())
+    assert counter.get_total_flops() == 2 * n_counted * x.shape[1] * len(
+        weight
+    )  # the logits, and no gradient
     torch.testing.assert_close(loss, expected)
     assert not loss.requires_grad
 
@@ -448,24 +433,23 @@ def test_cached_chunks_equal_the_whole(chunks, B):
     torch.testing.assert_close(logits, model(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_a_masked_token_is_not_seen():
-    model, ids, mask = lively(TINY), random_ids(TINY, 2, 6), torch.ones(2, 1, 6, dtype=torch.bool)
-    mask[1, :, 2] = False
-    other = ids.clone()
-    other[:, 2] = (ids[:, 2] + 1) % 17
-    logits, logits_other = model(ids, mask=mask), model(other, mask=mask)
-    torch.testing.assert_close(logits[1, 3:], logits_other[1, 3:])
-    assert not torch.allclose(logits[0, 3:], logits_other[0, 3:])
-
-
-def test_a_mask_and_caches_go_together():
-    model, ids, mask = lively(TINY), random_ids(TINY, 2, 6), torch.ones(2, 1, 6, dtype=torch.bool)
-    mask[1, :, :2] = False
-    caches = [GrowingCache() for _ in model.blocks]
-    parts = [model(ids[:, a:b], caches, mask[..., :b]) for a, b in ((0, 3), (3, 5), (5, 6))]
-    logits = torch.cat(parts, dim=1)
-    torch.testing.assert_close(logits, model(ids, mask=mask), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("config", [TINY, LlamaConfig(**CONFIG_SIZES)], ids=["GPT-2", "Llama"])
+def test_padding_changes_nothing(config):
+    model, short, long = lively(config), random_ids(config, 1, 4), random_ids(config, 1, 6)
+    ids = torch.cat([F.pad(short, (2, 0)), long])  # (2, 6)
+    logits = model(ids, padding=torch.tensor([2, 0]))
+    torch.testing.assert_close(logits[:1, 2:], model(short), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1:], model(long), atol=1e-5, rtol=1e-5)
     assert logits.isfinite().all()
+
+
+def test_padding_and_caches_go_together():
+    model, ids, padding = lively(TINY), random_ids(TINY, 2, 6), torch.tensor([4, 0])
+    caches = [GrowingCache() for _ in model.blocks]
+    parts = [model(ids[:, a:b], caches, padding) for a, b in ((0, 3), (3, 5), (5, 6))]
+    expected = model(ids, padding=padding)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[0, 4:], expected[0, 4:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
 # bfloat16
@@ -611,3 +595,81 @@ def test_targets_beyond_the_vocabulary(targets, span):
 def test_targets_that_all_do_not_count():
     with pytest.raises(ValueError, match="all 6 targets are -100: give at least one token to predict"):
         GPT(TINY).loss(random_ids(TINY, 2, 3), torch.full((2, 3), -100))
+
+
+def test_targets_must_be_as_many_as_tokens():
+    with pytest.raises(
+        ValueError, match=re.escape("tokens of shape (1, 3) need as many targets, got (1, 2)")
+    ):
+        GPT(TINY).loss(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2]]))
+
+
+def test_every_block_needs_a_cache():
+    with pytest.raises(ValueError, match="1 caches for 2 blocks: give one for each"):
+        GPT(TINY)(torch.tensor([[1]]), [GrowingCache()])
+
+
+def test_the_encoder_decoder_refuses_what_does_not_fit():
+    model = EncoderDecoder(TINY)
+    with pytest.raises(ValueError, match="token IDs 17 to 17 don't fit into vocab_size=17"):
+        model(torch.tensor([[1]]), torch.tensor([[17]]))
+    with pytest.raises(ValueError, match="13 tokens don't fit into max_seq_len=12"):
+        model(torch.ones(1, 13, dtype=torch.int64), torch.tensor([[1]]))
+
+
+def test_the_encoder_decoder_begins_near_a_guess():
+    model, ids = EncoderDecoder(replace(TINY, d_model=64)), random_ids(TINY, 64, 8)
+    loss = F.cross_entropy(model(ids, ids).flatten(0, 1), random_ids(TINY, 64, 8).flatten())
+    assert loss < 2 * math.log(TINY.vocab_size)
+
+
+def test_an_ignored_row_may_hold_anything():
+    x, weight, targets = loss_case()
+    ignored = (targets == IGNORE_INDEX)[:, None]
+    expected = linear_cross_entropy(x, weight, targets)
+    x = x.masked_fill(ignored, math.nan).requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert x.grad.isfinite().all()
+
+
+def test_the_number_of_rows_at_once_changes_no_gradient_of_bfloat16_weights():
+    x, weight = torch.randn(4096, 8).bfloat16(), torch.randn(16, 8).bfloat16()
+    targets, gradients = torch.randint(16, (4096,)), []
+    for n_rows in (32, 4096):
+        leaf = weight.clone().requires_grad_()
+        linear_cross_entropy(x, leaf, targets, n_rows).backward()
+        gradients.append(leaf.grad.float())
+    assert (gradients[0] - gradients[1]).norm() < 0.005 * gradients[1].norm()
+
+
+def test_a_frozen_head_costs_no_gradient():
+    x, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (6,))
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, weight, targets).backward()
+    assert counter.get_total_flops() == 2 * (2 * 6 * 4 * 9)  # the logits, and the gradient of x
+
+
+def test_second_derivatives_are_refused():
+    x, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (6,))
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(linear_cross_entropy(x, weight, targets), x, create_graph=True)
+
+
+def test_autocast_spares_double_precision():
+    model, ids = GPT(TINY).double(), random_ids(TINY, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).dtype == torch.float64
+
+
+def test_padding_is_no_negative_number():
+    with pytest.raises(ValueError, match="padding -1 is no number of tokens"):
+        GPT(TINY)(random_ids(TINY, 2, 5), padding=torch.tensor([0, -1]))
+
+
+def test_a_name_that_fits_no_part_is_not_counted_in_silence():
+    model = GPT(TINY)
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"no part of .* fits extra\.weight"):
+        count_parameters(model)
