@@ -54,9 +54,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share of the numbers, from 0 to below 1, got {self.dropout}")
-        with torch.device(
-            "meta"
-        ):  # attention knows which sizes fit together; on meta, making it costs nothing
+        with torch.device("meta"):  # where it costs nothing: attention knows which sizes fit together
             self.attention()
 
     def positions(self) -> nn.Module | None:
@@ -279,10 +277,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_x = torch.empty_like(x)
         d_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         for rows, d_rows, ids in zip(*(t.split(n_rows) for t in (x, d_x, targets[:, None])), strict=True):
-            logp = F.log_softmax(rows @ w.mT, dim=-1, dtype=exact)  # (n, V)
-            loss -= logp.gather(1, ids).sum()
+            p = F.softmax(rows @ w.mT, dim=-1, dtype=exact)  # (n, V)
+            loss -= p.gather(1, ids).clamp(min=torch.finfo(exact).tiny).log().sum()
             if any(ctx.needs_input_grad):
-                d_logits = logp.exp_().scatter_add_(1, ids, logp.new_full(ids.shape, -1)).to(dtype)
+                d_logits = p.scatter_add_(1, ids, p.new_full(ids.shape, -1)).to(dtype)
                 torch.mm(d_logits, w, out=d_rows)
             if d_weight is not None:
                 d_weight += d_logits.mT @ rows

@@ -21,7 +21,7 @@ from llmlib.gpt import GPT, GPTConfig
 
 B, T, VOCAB_SIZE, N_LAYERS = 32, 128, 4096, 4
 CONFIG = GPTConfig(vocab_size=VOCAB_SIZE, max_seq_len=T, d_model=256, n_layers=N_LAYERS, n_heads=4)
-N_STEPS, N_ROUNDS = 8, 5
+N_STEPS, N_ROUNDS = 6, 3
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
