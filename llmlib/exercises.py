@@ -417,3 +417,134 @@ def leaks() -> Iterator[Case]:
     yield (last_value_in_the_last_row_but_one,), True
     yield (query_of_the_next_token,), True
     yield (zero_after_softmax_then_divide_by_the_sum,), False
+
+
+# Chapter 06: GPT
+
+
+@exercise
+def shift_right() -> Iterator[Case]:
+    def integers(shifted: Any) -> str | None:
+        if (
+            isinstance(shifted, torch.Tensor)
+            and shifted.dtype == torch.int64
+            and shifted.tolist() == [[0, 5, 6]]
+        ):
+            return None
+        return "tensor([[0, 5, 6]]), integers of type torch.int64 as the targets are"
+
+    # Rows of unlike length and width; the last token must not come round to the front.
+    yield (torch.tensor([[5, 6, 7]]), 0), integers
+    yield (torch.tensor([[1, 2], [3, 4], [5, 6]]), 9), torch.tensor([[9, 1], [9, 3], [9, 5]])
+    yield (torch.tensor([[4]]), 2), torch.tensor([[2]])
+
+
+@exercise
+def layer_norm() -> Iterator[Case]:
+    def expected(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    plain = torch.ones(3), torch.zeros(3), 1e-5
+    # A variance as small as eps tells whether eps stands inside the root; another eps, whether it is read.
+    small = torch.tensor([[0.001, 0.002, 0.006]])
+    stretched = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([0.0, 1.0, 3.0]), 1e-3
+    for x in (torch.tensor([1.0, 2.0, 6.0]), small, torch.tensor([[[1.0, 2.0, 6.0], [0.0, 9.0, 3.0]]])):
+        for weight, bias, eps in (plain, stretched):
+            yield (x, weight, bias, eps), expected(x, weight, bias, eps)
+    yield (torch.full((2, 3), 4.0), *plain), torch.zeros(2, 3)
+
+
+@exercise
+def n_parameters() -> Iterator[Case]:
+    # Token table, positions, three norms, four projections, two matrices of the feed-forward; then the head.
+    yield (10, 4, 2, 1, 8, True, True), 10 * 2 + 4 * 2 + 3 * 4 + 4 * (4 + 2) + (16 + 8) + (16 + 2)
+    yield (10, 4, 2, 1, 8, True, False), 126
+    yield (10, 4, 2, 3, 5, False, True), 10 * 2 + 4 * 2 + 7 * 4 + 3 * (4 * 4 + 2 * 10)
+    yield (50_257, 1024, 768, 12, 3072, True, True), 124_439_808
+    yield (50_257, 1024, 1600, 48, 6400, True, True), 1_557_611_200
+
+
+@exercise
+def pre_norm_block() -> Iterator[Case]:
+    def halve(x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    def center(x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=-1, keepdim=True)
+
+    def running_mean(x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(dim=-2) / torch.arange(1, x.shape[-2] + 1)[:, None]
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        return x**2
+
+    x = torch.tensor([[1.0, 3.0], [2.0, -2.0], [0.0, 5.0]])
+    for norms in ((halve, center), (center, halve)):
+        y = x + running_mean(norms[0](x))
+        yield (x, norms[0], running_mean, norms[1], square), y + square(norms[1](y))
+
+
+# Chapter 07: Llama
+
+
+@exercise
+def rms_norm() -> Iterator[Case]:
+    def right(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    yield (torch.tensor([1.0, 5.0, 7.0, 5.0]), torch.ones(4)), torch.tensor([0.2, 1.0, 1.4, 1.0])
+    yield (
+        (torch.tensor([1.0, 5.0, 7.0, 5.0]), torch.tensor([1.0, 2.0, 0.0, -1.0])),
+        torch.tensor([0.2, 2.0, 0.0, -1.0]),
+    )
+    small = torch.tensor([0.003, -0.001, 0.002])  # here epsilon counts, and where it stands
+    wide = torch.arange(24.0).view(2, 3, 4) - 5
+    for x in (torch.zeros(3), small, torch.tensor([[1.0, 2.0, 2.0], [30.0, 40.0, 0.0]]), wide):
+        weight = torch.linspace(0.5, 2, x.shape[-1])
+        yield (x, weight), right(x, weight)
+
+
+@exercise
+def rotate_half_split() -> Iterator[Case]:
+    def right(x: torch.Tensor, position: int, frequencies: torch.Tensor) -> torch.Tensor:
+        cos, sin = (position * frequencies).cos(), (position * frequencies).sin()
+        a, b = x.chunk(2)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos])
+
+    quarter = torch.tensor([math.pi / 2])
+    yield (torch.tensor([1.0, 0.0]), 1, quarter), torch.tensor([0.0, 1.0])
+    yield (torch.tensor([3.0, 4.0]), 0, quarter), torch.tensor([3.0, 4.0])
+    yield (
+        (torch.tensor([1.0, 2.0, 3.0, 4.0]), 1, torch.tensor([math.pi / 2, 0.0])),
+        torch.tensor([-3.0, 2.0, 1.0, 4.0]),
+    )
+    for position in (1, 2, 9):
+        for D in (4, 6):
+            x, frequencies = torch.arange(1.0, D + 1), 0.1 ** torch.arange(D // 2)
+            yield (x, position, frequencies), right(x, position, frequencies)
+
+
+@exercise
+def kv_cache_bytes() -> Iterator[Case]:
+    yield (1, 1, 1, 8, 1, 1), 16
+    yield (3, 4, 2, 8, 5, 2), 240
+    yield (12, 12, 12, 768, 1024, 4), 75_497_472
+    yield (32, 32, 8, 4096, 131_072, 2), 17_179_869_184
+
+
+@exercise
+def merge_halves() -> Iterator[Case]:
+    def carried(scores: list[float], values: torch.Tensor) -> tuple:
+        s = torch.tensor(scores)
+        weights = (s - s.max()).exp()
+        return s.max(), weights.sum(), weights @ values
+
+    values = torch.tensor([[1.0, 2.0], [0.0, -4.0], [3.0, 3.0], [5.0, 1.0]])
+    cases = ([1.0, 3.0, 2.0, 5.0], [5.0, 2.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1000.0, 998.0, 999.0, 1001.0])
+    far = (
+        [-50.0, -51.0, 50.0, 49.0],
+        [50.0, 49.0, -50.0, -51.0],
+    )  # measured from the wrong half, exp overflows
+    for scores in (*cases, [-1000.0, -1003.0, -1001.0, -1002.0], *far):
+        halves = carried(scores[:2], values[:2]), carried(scores[2:], values[2:])
+        yield halves, carried(scores, values)
