@@ -1,0 +1,454 @@
+"""Train a language model: the loop, its schedule, its checkpoints, and a command line for your own texts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llmlib import tales
+from llmlib.data import join_documents, make_loader, save_tokens, split_documents
+from llmlib.gpt import GPT, IGNORE_INDEX, GPTConfig
+from llmlib.llama import LlamaConfig
+from llmlib.tokenization import BPETokenizer, train_bpe
+
+END = "<|endoftext|>"
+
+# Called after each evaluation with the model and the log so far: to draw a curve, say, or to tell a sample.
+Watcher = Callable[[GPT, pd.DataFrame], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Say how to train: `n_steps` steps of AdamW, each on `n_accumulate` batches.
+
+    The learning rate rises to `lr` in `n_warmup` steps, and falls along a cosine to `final_lr` × `lr`.
+    Gradients longer than `max_norm` are shortened to it. Every `eval_every` steps the model is evaluated,
+    and saved where `train` has a folder.
+    """
+
+    n_steps: int
+    lr: float = 3e-3
+    final_lr: float = 0.0
+    n_warmup: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    max_norm: float = 1.0
+    n_accumulate: int = 1
+    eval_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "n_accumulate", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.n_warmup <= self.n_steps:
+            raise ValueError(f"n_warmup={self.n_warmup} must lie between 0 and n_steps={self.n_steps}")
+
+
+def train(
+    model: GPT,
+    loader: DataLoader,
+    config: TrainingConfig,
+    *,
+    validation: DataLoader | None = None,
+    folder: str | os.PathLike | None = None,
+    watchers: Sequence[Watcher] = (),
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train `model` on the batches of `loader`, made by `make_loader`; return the log, a row for each step.
+
+    A row holds the tokens so far, the learning rate, the loss in nats, the length of the gradient, the
+    seconds so far, and at every evaluation the validation loss. With a `folder`, a run that was stopped goes
+    on from its last checkpoint, and repeats bit for bit what it would have done. FloatingPointError where
+    loss or gradient are no longer finite; the weights are then still those of the step before.
+    """
+    optimizer = make_optimizer(model, config)
+    last = None if folder is None else last_checkpoint(folder)
+    rows = [] if last is None else load_checkpoint(last, model, optimizer)
+    batches = _endless(loader, len(rows) * config.n_accumulate)
+    n_tokens, seconds = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
+    begin = time.perf_counter() - seconds
+    model.train()
+    steps = range(len(rows) + 1, config.n_steps + 1)
+    with tqdm(steps, initial=len(rows), total=config.n_steps, leave=False, disable=not progress) as bar:
+        for step in bar:
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, n_new = accumulate_gradients(model, batches, config.n_accumulate)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm).item()
+            if not math.isfinite(loss + norm):
+                saved = None if folder is None else last_checkpoint(folder)
+                raise FloatingPointError(
+                    f"loss {loss}, gradient norm {norm} at step {step}, learning rate {lr:.3g}: go on from "
+                    f"the last good checkpoint ({saved or 'none was kept'}) with a smaller learning rate"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            n_tokens, seconds = n_tokens + n_new, time.perf_counter() - begin
+            rows.append(dict(step=step, tokens=n_tokens, lr=lr, loss=loss, norm=norm, seconds=seconds))
+            bar.set_postfix_str(f"loss {loss:.3f}, {n_tokens / seconds:,.0f} tokens/s", refresh=False)
+            if step % config.eval_every == 0 or step == config.n_steps:
+                if validation is not None:
+                    rows[-1]["val_loss"] = evaluate(model, validation)
+                if folder is not None:
+                    save_checkpoint(folder, model, optimizer, rows)
+                for watch in watchers:
+                    watch(model, log_table(rows))
+    return log_table(rows)
+
+
+def accumulate_gradients(
+    model: GPT, batches: Iterator[tuple[Tensor, Tensor]], n_batches: int
+) -> tuple[float, int]:
+    """Add up the gradients of the mean loss of `n_batches` batches; return that loss, and the tokens read."""
+    loss, n_tokens = 0.0, 0
+    for _ in range(n_batches):
+        ids, targets = (t.to(_device(model)) for t in next(batches))
+        with autocast(model):
+            part = model.loss(ids, targets) / n_batches
+        part.backward()
+        loss, n_tokens = loss + part.item(), n_tokens + ids.numel()
+    return loss, n_tokens
+
+
+@torch.no_grad()
+def evaluate(model: GPT, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean loss in nats over all targets of `loader`, without dropout."""
+    was_training, total, n_targets = model.training, 0.0, 0
+    model.eval()
+    for ids, targets in loader:
+        n = int((targets != IGNORE_INDEX).sum())
+        with autocast(model):
+            total += model.loss(ids.to(_device(model)), targets.to(_device(model))).item() * n
+        n_targets += n
+    model.train(was_training)
+    if n_targets == 0:
+        raise ValueError("no target to evaluate: the loader gave 0 batches, give it a longer text")
+    return total / n_targets
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Return the rate of step 1, 2, …: up in a line, then down half a cosine wave.
+
+    Loshchilov and Hutter 2016, eq. 5, arXiv:1608.03983.
+    """
+    if step <= config.n_warmup:
+        return config.lr * step / config.n_warmup
+    done = (step - config.n_warmup) / (config.n_steps - config.n_warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Return AdamW, with weight decay on matrices and tables, and none on biases and the scales of norms.
+
+    Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    reason: str
+
+
+def precision(device: torch.device | None = None) -> Precision:
+    """Say in which numbers matrix products run best on a device, and why: bfloat16 where it is built in."""
+    device = device or torch.device("cpu")
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return Precision(torch.bfloat16, "bfloat16: this GPU multiplies it in hardware")
+    if device.type == "cpu":
+        built_in = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
+        if built_in:
+            return Precision(torch.bfloat16, f"bfloat16: this CPU multiplies it in hardware ({built_in[0]})")
+    return Precision(torch.float32, f"float32: this {device.type} has no bfloat16 instructions")
+
+
+def autocast(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Run the matrix products of a block of code in the type that `precision` chooses."""
+    device = _device(model)
+    dtype = precision(device).dtype
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def log_table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["step", "tokens", "lr", "loss", "norm", "seconds", "val_loss"])
+
+
+def save_model(model: GPT, path: str | os.PathLike) -> None:
+    """Write the weights and the configuration to a safetensors file, beside the old one, then rename it."""
+    config = {"kind": type(model.config).__name__, **asdict(model.config)}
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
+    with _beside(path) as new:
+        save_file(weights, new, metadata={"config": json.dumps(config)})
+
+
+def load_model(path: str | os.PathLike, config: GPTConfig | None = None) -> GPT:
+    """Read what `save_model` wrote; a model with parts of your own needs its `config`.
+
+    ValueError where the file is damaged, or doesn't hold this model.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {})["config"])
+        weights = load_file(path)
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a whole file of save_model ({error}): save it again") from error
+    kind = saved.pop("kind")
+    kinds = {kind.__name__: kind for kind in (GPTConfig, LlamaConfig)}
+    if config is None and kind not in kinds:
+        raise ValueError(
+            f"{path} was saved with the parts of {kind}: give load_model(path, config={kind}(…))"
+        )
+    model = GPT(config or kinds[kind](**saved))
+    _load_weights(model, weights, path)
+    return model
+
+
+def save_checkpoint(
+    folder: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer, rows: list[dict]
+) -> None:
+    """Keep model, optimizer, random state and log, all or nothing, in place of the last checkpoint."""
+    folder = Path(folder)
+    whole, beside = folder / f"step-{len(rows):07d}", folder / "unfinished"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        save_model(model, beside / "model.safetensors")
+        state = {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+        torch.save(state, beside / "training.pt")
+        log_table(rows).to_csv(beside / "log.csv", index=False)
+        beside.replace(whole)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    for old in _checkpoints(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """Return the newest checkpoint in `folder`, if there is one."""
+    return next(reversed(_checkpoints(Path(folder))), None)
+
+
+def load_checkpoint(checkpoint: Path, model: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Put model, optimizer and random state back as they were, and return the rows of the log."""
+    _load_weights(model, load_file(checkpoint / "model.safetensors"), checkpoint)
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    return pd.read_csv(checkpoint / "log.csv", float_precision="round_trip").to_dict("records")
+
+
+class TensorBoard:
+    """Write the log where TensorBoard reads it: a watcher for `train`. It needs the package `tensorboard`."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoard is not installed: pip install tensorboard") from error
+        self.writer, self.n_written = SummaryWriter(os.fspath(folder)), 0
+
+    def __call__(self, model: GPT, log: pd.DataFrame) -> None:
+        for row in log.iloc[self.n_written :].itertuples():
+            for name in ("loss", "lr", "norm", "val_loss"):
+                if math.isfinite(getattr(row, name)):
+                    self.writer.add_scalar(name, getattr(row, name), row.step)
+        self.n_written = len(log)
+        self.writer.flush()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _endless(loader: DataLoader, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of epoch after epoch, the first `start` of them left out."""
+    loader.sampler.start = start
+    while True:
+        yield from loader
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-" + "[0-9]" * 7))
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.PathLike) -> None:
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    if expected != found:
+        wrong = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+        raise ValueError(
+            f"{path} holds another model: {wrong[0]} has the shape {found.get(wrong[0])} there and "
+            f"{expected.get(wrong[0])} here, {len(wrong)} such tensors in all; build the model that was saved"
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+@contextlib.contextmanager
+def _beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path to write to, and rename it to `path` once it is whole."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llmlib.pretraining",
+        description="Train a tokenizer and a GPT on text files of your own, in any language (UTF-8). "
+        f"A file is one document, unless {END} separates several. Stopped, the same command goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("texts", nargs="*", type=Path, help="text files")
+    add(
+        "--out", type=Path, required=True, help="folder for the tokenizer, the model, the log and checkpoints"
+    )
+    add("--tales", type=int, default=0, metavar="N", help="add N of the course's own tales")
+    add("--parts", choices=("gpt", "llama"), default="llama", help="whose parts the model has")
+    add("--vocab-size", type=int, default=4096)
+    add("--max-seq-len", type=int, default=256, help="tokens that the model sees at once")
+    add("--d-model", type=int, default=256)
+    add("--n-layers", type=int, default=4)
+    add("--n-heads", type=int, default=4)
+    add("--batch-size", type=int, default=16)
+    add("--steps", type=int, default=2000)
+    add("--lr", type=float, default=3e-3, help="highest learning rate")
+    add("--warmup", type=int, default=100, help="steps until the highest learning rate")
+    add("--eval-every", type=int, default=200, help="steps between two evaluations and checkpoints")
+    add("--validation", type=float, default=0.05, help="share of the documents that is held out")
+    add("--seed", type=int, default=0)
+    add("--tensorboard", action="store_true", help="write for TensorBoard, into the folder `out`, too")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train from the command line."""
+    parser = _arguments()
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def _run(options: argparse.Namespace) -> None:
+    out = options.out
+    _remember(options)
+    tokenizer = _tokens(options)
+    torch.manual_seed(options.seed)
+    kind = {"gpt": GPTConfig, "llama": LlamaConfig}[options.parts]
+    model = GPT(
+        kind(
+            vocab_size=tokenizer.vocab_size,
+            max_seq_len=options.max_seq_len,
+            d_model=options.d_model,
+            n_layers=options.n_layers,
+            n_heads=options.n_heads,
+        )
+    )
+    sizes = {"max_seq_len": options.max_seq_len, "vocab_size": tokenizer.vocab_size}
+    loader = make_loader(out / "train.npy", batch_size=options.batch_size, seed=options.seed, **sizes)
+    held_out = make_loader(
+        out / "validation.npy", batch_size=options.batch_size, shuffle=False, drop_last=False, **sizes
+    )
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {precision().reason}")
+    config = TrainingConfig(
+        n_steps=options.steps, lr=options.lr, n_warmup=options.warmup, eval_every=options.eval_every
+    )
+    watchers: list[Watcher] = [_report]
+    if options.tensorboard:
+        watchers.append(TensorBoard(out / "tensorboard"))
+    log = train(model, loader, config, validation=held_out, folder=out / "checkpoints", watchers=watchers)
+    save_model(model, out / "model.safetensors")
+    with _beside(out / "log.csv") as new:
+        log.to_csv(new, index=False)
+    print(f"{out / 'model.safetensors'}: held-out loss {log['val_loss'].iloc[-1]:.3f} nats a token")
+
+
+def _report(model: GPT, log: pd.DataFrame) -> None:
+    last = log.iloc[-1]
+    tqdm.write(f"step {last.step:.0f}: loss {last.loss:.3f}, held-out {last.val_loss:.3f} nats a token")
+
+
+def _remember(options: argparse.Namespace) -> None:
+    """Write the options down, or hold a run that goes on to those of its beginning."""
+    settings = {name: str(value) for name, value in sorted(vars(options).items()) if name != "out"}
+    path = options.out / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {before.get(name)}, is {settings[name]}"
+            for name in settings
+            if before.get(name) != settings[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{options.out} holds a run with other settings ({'; '.join(changed)}): give another --out"
+            )
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as new:
+        new.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _tokens(options: argparse.Namespace) -> BPETokenizer:
+    """Make the tokenizer and the files of tokens, where a run before this one has not made them."""
+    out = options.out
+    if not (out / "validation.npy").exists():  # the last that is written
+        documents = _documents(options)
+        split = split_documents(documents, options.validation, options.seed)
+        tokenizer = train_bpe(split[0], options.vocab_size, special_tokens=[END])
+        tokenizer.save(out / "tokenizer.json")
+        for name, part in zip(("train.npy", "validation.npy"), split, strict=True):
+            ids = join_documents(map(tokenizer.encode, part), tokenizer.special_tokens[END])
+            save_tokens(ids, out / name, tokenizer.vocab_size)
+    return BPETokenizer.load(out / "tokenizer.json")
+
+
+def _documents(options: argparse.Namespace) -> list[str]:
+    documents = tales.tales(options.tales, seed=options.seed) if options.tales else []
+    for path in options.texts:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+            ) from None
+        documents += [document for document in text.split(END) if document.strip()]
+    if len(documents) == 1:  # its last part is held out
+        cut = documents[0].rfind("\n", 0, round(len(documents[0]) * (1 - options.validation))) + 1
+        documents = [documents[0][:cut], documents[0][cut:]]
+    return documents
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+import math
+import multiprocessing
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from llmlib import pretraining
+from llmlib.data import make_loader
+from llmlib.gpt import GPT, GPTConfig
+from llmlib.llama import LlamaConfig, RMSNorm
+from llmlib.pretraining import (
+    TrainingConfig,
+    accumulate_gradients,
+    evaluate,
+    last_checkpoint,
+    learning_rate,
+    load_checkpoint,
+    load_model,
+    main,
+    make_optimizer,
+    precision,
+    save_checkpoint,
+    save_model,
+    train,
+)
+
+TINY = GPTConfig(vocab_size=11, max_seq_len=8, d_model=16, n_layers=1, n_heads=2, dropout=0.1)
+SHORT = TrainingConfig(n_steps=12, n_warmup=2, eval_every=4)
+KILLED = TrainingConfig(n_steps=300, n_warmup=2, eval_every=1)
+COUNTING = torch.arange(2000) % 11
+
+
+def loader(batch_size=4, **options):
+    return make_loader(COUNTING, 8, batch_size, **options)
+
+
+def tiny(seed=0, config=TINY) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(config)
+
+
+def losses(log: pd.DataFrame) -> list[float]:
+    return log["loss"].tolist()
+
+
+# The loop
+
+
+def test_a_model_learns_to_count():
+    config = TrainingConfig(n_steps=150, lr=1e-2, n_warmup=10, eval_every=150)
+    log = train(tiny(), loader(), config, validation=loader(shuffle=False), progress=False)
+    assert log["loss"].iloc[0] == pytest.approx(math.log(11), rel=0.1)
+    assert log["val_loss"].iloc[-1] < 0.1
+
+
+def test_the_log_has_a_row_for_each_step():
+    log = train(tiny(), loader(), SHORT, validation=loader(shuffle=False), progress=False)
+    assert log["step"].tolist() == list(range(1, 13))
+    assert log["tokens"].tolist() == [32 * step for step in range(1, 13)]
+    assert log["val_loss"].notna().tolist() == [step % 4 == 0 for step in range(1, 13)]
+    assert log["seconds"].is_monotonic_increasing
+    assert log["lr"].tolist() == [learning_rate(step, SHORT) for step in range(1, 13)]
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch():
+    config = replace(TINY, dropout=0.0)
+    large, parts = tiny(config=config), tiny(config=config)
+    whole = loader(batch_size=8, shuffle=False)
+    halves = loader(batch_size=4, shuffle=False)
+    loss, n_tokens = accumulate_gradients(large, iter(whole), 1)
+    half_loss, half_tokens = accumulate_gradients(parts, iter(halves), 2)
+    assert loss == pytest.approx(half_loss, rel=1e-2) and n_tokens == half_tokens == 64
+    for a, b in zip(large.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-3, rtol=0.05)
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainingConfig(n_steps=110, lr=1.0, final_lr=0.1, n_warmup=10)
+    assert [learning_rate(step, config) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(60, config) == pytest.approx(0.55)
+    assert learning_rate(110, config) == pytest.approx(0.1)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = tiny()
+    decayed, kept = make_optimizer(model, replace(SHORT, weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in kept["params"]} == {1}
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
+
+
+def test_the_optimizer_leaves_frozen_weights_alone():
+    model = tiny()
+    for parameter in model.blocks.parameters():
+        parameter.requires_grad_(False)
+    before = [p.clone() for p in model.blocks.parameters()]
+    train(model, loader(), SHORT, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.blocks.parameters(), strict=True))
+
+
+def test_evaluation_weighs_batches_by_their_targets_and_leaves_no_trace():
+    model = tiny().train()
+    ids, targets = torch.randint(11, (2, 3, 8))
+    targets[1:] = -100
+    batches = [(ids, targets), (ids, ids)]
+    state = torch.get_rng_state()
+    loss = evaluate(model, batches)
+    model.eval()
+    parts = [evaluate(model, [batch]) for batch in batches]
+    assert loss == pytest.approx((8 * parts[0] + 24 * parts[1]) / 32, rel=1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.training and evaluate(model.train(), batches) == loss and model.training
+
+
+def test_evaluating_nothing_is_an_error():
+    with pytest.raises(ValueError, match="0 batches"):
+        evaluate(tiny(), [])
+
+
+def test_watchers_see_model_and_log():
+    seen = []
+    train(
+        tiny(),
+        loader(),
+        SHORT,
+        watchers=[lambda model, log: seen.append((type(model), len(log)))],
+        progress=False,
+    )
+    assert seen == [(GPT, 4), (GPT, 8), (GPT, 12)]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    model = tiny()
+
+    def spoil(model, log):
+        if len(log) == 8:
+            model.final_norm.weight.data.fill_(math.nan)
+
+    with pytest.raises(FloatingPointError, match=r"loss nan.* at step 9, learning rate .*step-0000008"):
+        train(model, loader(), SHORT, folder=tmp_path, watchers=[spoil], progress=False)
+    with pytest.raises(FloatingPointError, match="none was kept"):
+        train(model, loader(), SHORT, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(n_steps=0), "n_steps must be at least 1, got 0"),
+        (dict(n_accumulate=0), "n_accumulate must be at least 1, got 0"),
+        (dict(n_warmup=13), "n_warmup=13 must lie between 0 and n_steps=12"),
+    ],
+)
+def test_settings_that_make_no_sense(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SHORT, **wrong)
+
+
+def test_precision_says_what_and_why():
+    dtype, reason = precision()
+    assert dtype in (torch.bfloat16, torch.float32) and reason.startswith(str(dtype).removeprefix("torch."))
+
+
+# Checkpoints
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    expected = train(tiny(), loader(), SHORT, validation=loader(shuffle=False), progress=False)
+
+    class Stop(Exception):
+        pass
+
+    def stop(model, log):
+        if len(log) == 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(
+            tiny(),
+            loader(),
+            SHORT,
+            validation=loader(shuffle=False),
+            folder=tmp_path,
+            watchers=[stop],
+            progress=False,
+        )
+    other = tiny(seed=5)  # neither its weights nor the random state matter
+    log = train(other, loader(), SHORT, validation=loader(shuffle=False), folder=tmp_path, progress=False)
+    columns = ["step", "tokens", "lr", "loss", "norm", "val_loss"]
+    pd.testing.assert_frame_equal(log[columns], expected[columns], check_exact=True)
+    again = train(tiny(), loader(), SHORT, folder=tmp_path, progress=False)  # nothing is left to do
+    pd.testing.assert_frame_equal(again[columns], expected[columns], check_exact=True)
+
+
+def test_only_the_last_checkpoint_stays(tmp_path):
+    train(tiny(), loader(), SHORT, folder=tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000012"]
+    assert last_checkpoint(tmp_path) == tmp_path / "step-0000012"
+    assert last_checkpoint(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize("broken", ["save_model", "torch.save"])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, broken):
+    model = tiny()
+    optimizer = make_optimizer(model, SHORT)
+    row = dict(step=1, tokens=1, lr=0.1, loss=1.0, norm=1.0, seconds=1.0)
+    save_checkpoint(tmp_path, model, optimizer, [row])
+
+    def full(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretraining if broken == "save_model" else torch, broken.split(".")[-1], full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, model, optimizer, [row, row])
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+    assert len(load_checkpoint(last_checkpoint(tmp_path), model, optimizer)) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tiny(), loader(), SHORT, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"holds another model: .* has the shape"):
+        train(tiny(config=replace(TINY, d_model=32)), loader(), SHORT, folder=tmp_path, progress=False)
+
+
+def train_and_save_each_step(folder: str) -> None:
+    """Train in a process of its own, from what `folder` holds to the end."""
+    torch.set_num_threads(1)
+    config = replace(TINY, d_model=64, n_layers=2)
+    train(tiny(config=config), loader(), KILLED, folder=folder, progress=False)
+
+
+def test_a_run_killed_twenty_times_gives_the_same_losses(tmp_path):
+    """Kill with SIGKILL at random moments, writes among them, since it saves after every step."""
+    train_and_save_each_step(tmp_path / "whole")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["llmlib.pretraining"])  # so that a process starts at once
+    folder, n_kills, moments = tmp_path / "killed", 0, random.Random(0)
+    while n_kills < 20:
+        child, before = (
+            processes.Process(target=train_and_save_each_step, args=(folder,)),
+            last_checkpoint(folder),
+        )
+        child.start()
+        while last_checkpoint(folder) == before and child.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
+        n_kills += child.is_alive()
+        child.kill()
+        child.join()
+        assert last_checkpoint(folder) != before
+    train_and_save_each_step(folder)
+    logs = [pd.read_csv(last_checkpoint(f) / "log.csv") for f in (tmp_path / "whole", folder)]
+    pd.testing.assert_frame_equal(*(log[["step", "loss", "norm"]] for log in logs), check_exact=True)
+
+
+# Models on disk
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        replace(TINY, tied=False),
+        LlamaConfig(vocab_size=11, max_seq_len=8, d_model=16, n_layers=1, n_heads=4, n_kv_heads=2),
+    ],
+)
+def test_a_saved_model_is_the_same(tmp_path, config):
+    model, ids = tiny(config=config).eval(), torch.randint(11, (2, 5))
+    save_model(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors").eval()
+    assert loaded.config == config and torch.equal(loaded(ids), model(ids))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_model_of_other_parts_needs_its_configuration(tmp_path):
+    class Own(GPTConfig):
+        def norm(self):
+            return RMSNorm(self.d_model)
+
+    config = Own(vocab_size=11, max_seq_len=8, d_model=16, n_layers=1, n_heads=2)
+    save_model(GPT(config), tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=r"saved with the parts of Own: give load_model\(path, config=Own"):
+        load_model(tmp_path / "own.safetensors")
+    assert isinstance(load_model(tmp_path / "own.safetensors", config).final_norm, RMSNorm)
+
+
+def test_a_damaged_model_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(tiny(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a whole file of save_model"):
+        load_model(path)
+
+
+# The command line
+
+
+def run(tmp_path, *arguments):
+    small = (
+        "--vocab-size 300 --d-model 16 --n-layers 1 --n-heads 2 --max-seq-len 16 "
+        "--batch-size 2 --steps 6 --eval-every 3 --warmup 1"
+    )
+    main([*arguments, *small.split(), "--out", str(tmp_path / "out")])
+
+
+def test_the_command_line_trains_on_files_of_any_language(tmp_path, capsys):
+    (tmp_path / "zh.txt").write_text("从前有一只小猫。\n它喜欢吃鱼。\n" * 40, encoding="utf-8")
+    (tmp_path / "fr.txt").write_text(
+        "Il était une fois un chat.<|endoftext|>Il aimait le poisson.\n" * 40, encoding="utf-8"
+    )
+    run(tmp_path, str(tmp_path / "zh.txt"), str(tmp_path / "fr.txt"))
+    out = tmp_path / "out"
+    assert "held-out loss" in capsys.readouterr().out
+    assert load_model(out / "model.safetensors").config.max_seq_len == 16
+    first = (out / "log.csv").read_bytes()
+    run(tmp_path, str(tmp_path / "zh.txt"), str(tmp_path / "fr.txt"))  # the run is over: nothing changes
+    assert (out / "log.csv").read_bytes() == first
+
+
+def test_the_command_line_holds_out_the_end_of_a_single_text(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"line {i}\n" for i in range(400)), encoding="utf-8")
+    run(tmp_path, str(tmp_path / "book.txt"), "--validation", "0.25")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.txt"], "No such file"),
+        (["latin.txt"], "is not UTF-8"),
+        ([], "at least 2 distinct documents, got 0"),
+        (["--tales", "20", "--d-model", "17"], "can't be split into n_heads=2"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            ["--steps", "2", "--warmup", "1", "--n-heads", "2", "--d-model", "16", "--out", "out", *arguments]
+        )
+    assert stopped.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_settings(tmp_path, capsys):
+    run(tmp_path, "--tales", "30")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--tales", "31")
+    assert "tales was 30, is 31" in capsys.readouterr().err
+
+
+def test_tensorboard_is_asked_for(monkeypatch, tmp_path):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def flush(self):
+            written.append("flush")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    board = pretraining.TensorBoard(tmp_path / "board")
+    train(tiny(), loader(), SHORT, watchers=[board], progress=False)
+    assert (
+        written[0] == str(tmp_path / "board") and ("loss", 12) in written and ("val_loss", 12) not in written
+    )
+
+
+def test_tensorboard_missing_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        pretraining.TensorBoard(tmp_path)
