@@ -242,10 +242,8 @@ def test_a_run_killed_twenty_times_gives_the_same_losses(tmp_path):
     processes.set_forkserver_preload(["llmlib.pretraining"])  # so that a process starts at once
     folder, n_kills, moments = tmp_path / "killed", 0, random.Random(0)
     while n_kills < 20:
-        child, before = (
-            processes.Process(target=train_and_save_each_step, args=(folder,)),
-            last_checkpoint(folder),
-        )
+        before = last_checkpoint(folder)
+        child = processes.Process(target=train_and_save_each_step, args=(folder,))
         child.start()
         while last_checkpoint(folder) == before and child.is_alive():
             time.sleep(0.001)
