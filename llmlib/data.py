@@ -13,6 +13,8 @@ from jaxtyping import Int64, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+IGNORE_INDEX = -100  # a target that doesn't count: the convention of PyTorch
+
 Document = TypeVar("Document", bound=Hashable)
 
 
@@ -117,12 +119,8 @@ def token_windows(
     Without `stride`, windows stand side by side: `stride = max_seq_len`. With `vocab_size`, every ID is
     checked when it is read. ValueError on a misfit.
     """
-    if isinstance(tokens, str | os.PathLike):
-        tokens = open_tokens(tokens)
-    row = tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens
+    row = _token_row(tokens)
     stride = max_seq_len if stride is None else stride
-    if row.ndim != 1 or row.dtype.kind not in "iu":
-        raise ValueError(f"tokens must be one row of integers, got {row.dtype} of shape {row.shape}")
     if max_seq_len < 1 or stride < 1:
         raise ValueError(f"max_seq_len and stride must be at least 1, got {max_seq_len} and {stride}")
     if len(row) < max_seq_len + 1:
@@ -131,6 +129,50 @@ def token_windows(
             f"{max_seq_len + 1}, one more for the last target; take a longer text or a smaller max_seq_len"
         )
     return TokenWindows(row, max_seq_len, stride, vocab_size)
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentRows(Dataset):
+    """Hold one document a row, from its first token, which follows `end_id`, to the `end_id` that ends it.
+
+    The rest of a row is padding: `end_id` as input, −100 as target. A document longer than `max_seq_len` is
+    cut there. The index may be a row of numbers: the documents then come as one batch.
+    """
+
+    tokens: Integer[np.ndarray, " N"]
+    ends: Int64[np.ndarray, " M"]
+    max_seq_len: int
+    end_id: int
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(
+        self, index: int | Sequence[int] | Integer[np.ndarray, " B"]
+    ) -> tuple[Int64[Tensor, "*B T"], Int64[Tensor, "*B T"]]:
+        index = np.asarray(index) % len(self)
+        ends = self.ends[index][..., None]  # (B, 1)
+        starts = np.where(index[..., None] == 0, 0, self.ends[index - 1][..., None] + 1)
+        places = starts + np.arange(-1, self.max_seq_len)  # (B, T + 1)
+        ids = self.tokens[places.clip(0, len(self.tokens) - 1)].astype(np.int64)
+        ids[..., 0] = self.end_id
+        inputs = np.where(places <= ends, ids, self.end_id)[..., :-1]
+        targets = np.where(places <= ends, ids, IGNORE_INDEX)[..., 1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def document_rows(
+    tokens: Tensor | np.ndarray | str | os.PathLike, max_seq_len: int, end_id: int
+) -> DocumentRows:
+    """Return the documents of a row of tokens in which `end_id` ends each: see `join_documents`."""
+    row = _token_row(tokens)
+    ends = np.flatnonzero(row == end_id)
+    if len(ends) == 0 or max_seq_len < 1:
+        raise ValueError(
+            f"{len(ends)} documents end with the token {end_id} in rows of max_seq_len {max_seq_len}: "
+            "both numbers must be at least 1"
+        )
+    return DocumentRows(row, ends, max_seq_len, end_id)
 
 
 @dataclass(eq=False)
@@ -179,16 +221,47 @@ def make_loader(
     batch may be short.
     """
     windows = token_windows(tokens, max_seq_len, stride, vocab_size)
+    return _load(windows, batch_size, shuffle, seed, drop_last, start)
+
+
+def make_document_loader(
+    tokens: Tensor | np.ndarray | str | os.PathLike,
+    max_seq_len: int,
+    batch_size: int,
+    end_id: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    drop_last: bool = True,
+    start: int = 0,
+) -> DataLoader:
+    """Return a loader like `make_loader`'s, with one document of `document_rows` in each row of a batch."""
+    rows = document_rows(tokens, max_seq_len, end_id)
+    return _load(rows, batch_size, shuffle, seed, drop_last, start)
+
+
+def _load(
+    rows: TokenWindows | DocumentRows, batch_size: int, shuffle: bool, seed: int, drop_last: bool, start: int
+) -> DataLoader:
     if batch_size < 1 or start < 0:
         raise ValueError(f"batch_size must be at least 1 and start at least 0, got {batch_size} and {start}")
-    if drop_last and batch_size > len(windows):
+    if drop_last and batch_size > len(rows):
         raise ValueError(
-            f"batch_size {batch_size} is more than the {len(windows)} windows of the text: no batch is full; "
+            f"batch_size {batch_size} is more than the {len(rows)} windows of the text: no batch is full; "
             "take a smaller batch or stride, a longer text, or drop_last=False"
         )
-    order = BatchOrder(len(windows), batch_size, shuffle, seed, drop_last, start)
+    order = BatchOrder(len(rows), batch_size, shuffle, seed, drop_last, start)
     # Its own generator: each epoch a DataLoader draws a number, which must not move the global random state.
-    return DataLoader(windows, sampler=order, batch_size=None, generator=torch.Generator())
+    return DataLoader(rows, sampler=order, batch_size=None, generator=torch.Generator())
+
+
+def _token_row(tokens: Tensor | np.ndarray | str | os.PathLike) -> Integer[np.ndarray, " N"]:
+    if isinstance(tokens, str | os.PathLike):
+        tokens = open_tokens(tokens)
+    row = tokens.cpu().numpy() if isinstance(tokens, Tensor) else tokens
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be one row of integers, got {row.dtype} of shape {row.shape}")
+    return row
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, n_tokens: int) -> None:

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from llmlib.attention import Cache, CrossAttention, MultiHeadAttention
+from llmlib.data import IGNORE_INDEX
 from llmlib.embeddings import InputEmbeddings, LearnedPositions, SinusoidalPositions
-
-IGNORE_INDEX = -100  # a target that doesn't count: the convention of PyTorch
 
 # What a name holds, and the part that it counts in: the first that fits, so attn_norm is a norm.
 _PARTS = {

@@ -23,8 +23,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llmlib import tales
-from llmlib.data import join_documents, make_loader, save_tokens, split_documents
-from llmlib.gpt import GPT, IGNORE_INDEX, GPTConfig
+from llmlib.data import (
+    IGNORE_INDEX,
+    join_documents,
+    make_document_loader,
+    make_loader,
+    save_tokens,
+    split_documents,
+)
+from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig
 from llmlib.tokenization import BPETokenizer, train_bpe
 
@@ -333,6 +340,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="folder for the tokenizer, the model, the log and checkpoints"
     )
     add("--tales", type=int, default=0, metavar="N", help="add N of the course's own tales")
+    add("--by-document", action="store_true", help="one document a row, padded: for many short texts")
     add("--parts", choices=("gpt", "llama"), default="llama", help="whose parts the model has")
     add("--vocab-size", type=int, default=4096)
     add("--max-seq-len", type=int, default=256, help="tokens that the model sees at once")
@@ -375,11 +383,13 @@ def _run(options: argparse.Namespace) -> None:
             n_heads=options.n_heads,
         )
     )
-    sizes = {"max_seq_len": options.max_seq_len, "vocab_size": tokenizer.vocab_size}
-    loader = make_loader(out / "train.npy", batch_size=options.batch_size, seed=options.seed, **sizes)
-    held_out = make_loader(
-        out / "validation.npy", batch_size=options.batch_size, shuffle=False, drop_last=False, **sizes
-    )
+    if options.by_document:
+        make, unit = make_document_loader, {"end_id": tokenizer.special_tokens[END]}
+    else:
+        make, unit = make_loader, {"vocab_size": tokenizer.vocab_size}
+    sizes = {"max_seq_len": options.max_seq_len, "batch_size": options.batch_size, **unit}
+    loader = make(out / "train.npy", seed=options.seed, **sizes)
+    held_out = make(out / "validation.npy", shuffle=False, drop_last=False, **sizes)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {precision().reason}")
     config = TrainingConfig(
         n_steps=options.steps, lr=options.lr, n_warmup=options.warmup, eval_every=options.eval_every

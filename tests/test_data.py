@@ -9,7 +9,9 @@ from torch.utils.data import DataLoader
 
 from llmlib.data import (
     TokenWindows,
+    document_rows,
     join_documents,
+    make_document_loader,
     make_loader,
     open_tokens,
     save_tokens,
@@ -302,3 +304,40 @@ def test_files_that_are_no_tokens(tmp_path):
             ValueError, match=r"^text\.npy holds no tokens, or not all of them: write it with save"
         ):
             open_tokens(path)
+
+
+# Documents in rows
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=6),
+    max_seq_len=st.integers(1, 8),
+)
+def test_a_row_holds_one_document_and_padding(documents, max_seq_len):
+    tokens = np.array([i for document in documents for i in [*document, 0]])
+    rows = document_rows(tokens, max_seq_len, end_id=0)
+    ids, targets = rows[np.arange(len(rows))]
+    assert len(rows) == len(documents) and ids.shape == targets.shape == (len(documents), max_seq_len)
+    for document, row, row_targets in zip(documents, ids.tolist(), targets.tolist(), strict=True):
+        n_padding = max(0, max_seq_len - len(document) - 1)
+        assert row == [0, *document, *[0] * max_seq_len][:max_seq_len]
+        assert row_targets == [*document, 0, *[-100] * n_padding][:max_seq_len]
+
+
+def test_a_single_row_and_a_batch_agree():
+    rows = document_rows(torch.tensor([5, 6, 0, 7, 0]), 4, end_id=0)
+    for i in (0, 1, -1):
+        for one, batch in zip(rows[i], rows[[i]], strict=True):
+            assert torch.equal(one, batch[0])
+
+
+def test_document_batches_repeat_and_go_on():
+    tokens = np.array([1, 0, 2, 0, 3, 0, 4, 0])
+    whole = [ids[:, 1].tolist() for ids, _ in make_document_loader(tokens, 3, 2, 0, seed=3)]
+    rest = [ids[:, 1].tolist() for ids, _ in make_document_loader(tokens, 3, 2, 0, seed=3, start=1)]
+    assert sorted(i for batch in whole for i in batch) == [1, 2, 3, 4] and rest == whole[1:]
+
+
+def test_a_text_without_an_end_has_no_documents():
+    with pytest.raises(ValueError, match="0 documents end with the token 9"):
+        document_rows(np.array([1, 2, 3]), 4, end_id=9)

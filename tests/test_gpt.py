@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmlib.attention import MultiHeadAttention
+from llmlib.data import IGNORE_INDEX
 from llmlib.gpt import (
     GPT,
     GPT2_LARGE,
     GPT2_MEDIUM,
     GPT2_SMALL,
     GPT2_XL,
-    IGNORE_INDEX,
     EncoderDecoder,
     FeedForward,
     GPTConfig,

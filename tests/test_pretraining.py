@@ -346,6 +346,12 @@ def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys, argu
     assert stopped.value.code == 1 and message in capsys.readouterr().err
 
 
+def test_the_command_line_puts_one_document_in_a_row(tmp_path):
+    run(tmp_path, "--tales", "30", "--by-document")
+    log = pd.read_csv(tmp_path / "out" / "log.csv")
+    assert log["tokens"].iloc[-1] == 6 * 2 * 16 and log["val_loss"].notna().sum() == 2
+
+
 def test_a_run_keeps_its_settings(tmp_path, capsys):
     run(tmp_path, "--tales", "30")
     with pytest.raises(SystemExit):
