@@ -434,8 +434,7 @@ def _tokens(options: argparse.Namespace) -> BPETokenizer:
     """Make the tokenizer and the files of tokens, where a run before this one has not made them."""
     out = options.out
     if not (out / "validation.npy").exists():  # the last that is written
-        documents = _documents(options)
-        split = split_documents(documents, options.validation, options.seed)
+        split = _split(_documents(options), options)
         tokenizer = train_bpe(split[0], options.vocab_size, special_tokens=[END])
         tokenizer.save(out / "tokenizer.json")
         for name, part in zip(("train.npy", "validation.npy"), split, strict=True):
@@ -454,10 +453,17 @@ def _documents(options: argparse.Namespace) -> list[str]:
                 f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
             ) from None
         documents += [document for document in text.split(END) if document.strip()]
-    if len(documents) == 1:  # its last part is held out
-        cut = documents[0].rfind("\n", 0, round(len(documents[0]) * (1 - options.validation))) + 1
-        documents = [documents[0][:cut], documents[0][cut:]]
     return documents
+
+
+def _split(documents: list[str], options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Hold out some documents, or the end of the only one."""
+    if len(documents) != 1:
+        return split_documents(documents, options.validation, options.seed)
+    if not 0 < options.validation < 1:
+        raise ValueError(f"validation must be a share between 0 and 1, got {options.validation}")
+    cut = round(len(documents[0]) * (1 - options.validation))
+    return [documents[0][:cut]], [documents[0][cut:]]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmlib import pretraining
-from llmlib.data import make_loader
+from llmlib.data import make_loader, open_tokens
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig, RMSNorm
 from llmlib.pretraining import (
@@ -29,6 +29,7 @@ from llmlib.pretraining import (
     save_model,
     train,
 )
+from llmlib.tokenization import BPETokenizer
 
 TINY = GPTConfig(vocab_size=11, max_seq_len=8, d_model=16, n_layers=1, n_heads=2, dropout=0.1)
 SHORT = TrainingConfig(n_steps=12, n_warmup=2, eval_every=4)
@@ -321,10 +322,15 @@ def test_the_command_line_trains_on_files_of_any_language(tmp_path, capsys):
     assert (out / "log.csv").read_bytes() == first
 
 
-def test_the_command_line_holds_out_the_end_of_a_single_text(tmp_path):
-    (tmp_path / "book.txt").write_text("".join(f"line {i}\n" for i in range(400)), encoding="utf-8")
-    run(tmp_path, str(tmp_path / "book.txt"), "--validation", "0.25")
-    assert (tmp_path / "out" / "model.safetensors").exists()
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_the_command_line_holds_out_the_end_of_a_single_text(tmp_path, seed):
+    text = "".join(f"line {i}, " for i in range(400))  # no line break at all
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    run(tmp_path, str(tmp_path / "book.txt"), "--validation", "0.25", "--seed", seed)
+    out, cut = tmp_path / "out", round(0.75 * len(text))
+    tokenizer = BPETokenizer.load(out / "tokenizer.json")
+    for name, part in (("train.npy", text[:cut]), ("validation.npy", text[cut:])):
+        assert tokenizer.decode(open_tokens(out / name).tolist()) == part + "<|endoftext|>"
 
 
 @pytest.mark.parametrize(
@@ -332,12 +338,14 @@ def test_the_command_line_holds_out_the_end_of_a_single_text(tmp_path):
     [
         (["missing.txt"], "No such file"),
         (["latin.txt"], "is not UTF-8"),
+        (["ascii.txt", "--validation", "1.5"], "validation must be a share between 0 and 1, got 1.5"),
         ([], "at least 2 distinct documents, got 0"),
         (["--tales", "20", "--d-model", "17"], "can't be split into n_heads=2"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ascii.txt").write_text("a text", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(SystemExit) as stopped:
         main(
