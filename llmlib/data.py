@@ -13,6 +13,8 @@ from jaxtyping import Int64, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from llmlib.resources import write_beside
+
 IGNORE_INDEX = -100  # a target that doesn't count: the convention of PyTorch
 
 Document = TypeVar("Document", bound=Hashable)
@@ -49,23 +51,19 @@ def save_tokens(tokens: Iterable[int], path: str | os.PathLike, vocab_size: int,
     A token takes 2 bytes if the vocabulary has at most 65,536 entries, else 4. The file gets its name only
     when it is whole. ValueError on an ID beyond the vocabulary, and on no token at all.
     """
-    path, stream, n_tokens = Path(path), iter(tokens), 0
+    stream, n_tokens = iter(tokens), 0
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("wb") as file:
-            _write_header(file, dtype, 0)
-            while len(ids := np.fromiter(islice(stream, chunk), np.int64)):
-                _check_ids(ids, vocab_size)
-                file.write(ids.astype(dtype).tobytes())
-                n_tokens += len(ids)
-            if n_tokens == 0:
-                raise ValueError(f"0 tokens to write to {path.name}: the text is empty, give one that is not")
-            file.seek(0)
-            _write_header(file, dtype, n_tokens)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with write_beside(path) as new, new.open("wb") as file:
+        _write_header(file, dtype, 0)
+        while len(ids := np.fromiter(islice(stream, chunk), np.int64)):
+            _check_ids(ids, vocab_size)
+            file.write(ids.astype(dtype).tobytes())
+            n_tokens += len(ids)
+        if n_tokens == 0:
+            name = Path(path).name
+            raise ValueError(f"0 tokens to write to {name}: the text is empty, give one that is not")
+        file.seek(0)
+        _write_header(file, dtype, n_tokens)
     return n_tokens
 
 

@@ -33,6 +33,7 @@ from llmlib.data import (
 )
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig
+from llmlib.resources import write_beside
 from llmlib.tokenization import BPETokenizer, train_bpe
 
 END = "<|endoftext|>"
@@ -207,7 +208,7 @@ def save_model(model: GPT, path: str | os.PathLike) -> None:
     """Write the weights and the configuration to a safetensors file, beside the old one, then rename it."""
     config = {"kind": type(model.config).__name__, **asdict(model.config)}
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head once
-    with _beside(path) as new:
+    with write_beside(path) as new:
         save_file(weights, new, metadata={"config": json.dumps(config)})
 
 
@@ -315,18 +316,6 @@ def _load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | os.P
             parameter.copy_(weights[name])
 
 
-@contextlib.contextmanager
-def _beside(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path to write to, and rename it to `path` once it is whole."""
-    path = Path(path)
-    new = path.with_name(path.name + ".new")
-    try:
-        yield new
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llmlib.pretraining",
@@ -399,7 +388,7 @@ def _run(options: argparse.Namespace) -> None:
         watchers.append(TensorBoard(out / "tensorboard"))
     log = train(model, loader, config, validation=held_out, folder=out / "checkpoints", watchers=watchers)
     save_model(model, out / "model.safetensors")
-    with _beside(out / "log.csv") as new:
+    with write_beside(out / "log.csv") as new:
         log.to_csv(new, index=False)
     print(f"{out / 'model.safetensors'}: held-out loss {log['val_loss'].iloc[-1]:.3f} nats a token")
 
@@ -426,7 +415,7 @@ def _remember(options: argparse.Namespace) -> None:
             )
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    with _beside(path) as new:
+    with write_beside(path) as new:
         new.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 

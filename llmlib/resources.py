@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -147,6 +148,18 @@ def path(name: str) -> Path:
     if not RESOURCES[name].is_here:
         _fetch(RESOURCES[name])
     return RESOURCES[name].file
+
+
+@contextmanager
+def write_beside(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path to write to, and rename it to `path` once it is whole; what is there stays until then."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def fetch_all() -> None:

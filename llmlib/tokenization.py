@@ -142,13 +142,8 @@ class BPETokenizer:
             "vocab": {i: token.decode("latin-1") for i, token in self.vocab.items()},
             "merges": [[left.decode("latin-1"), right.decode("latin-1")] for left, right in self.merges],
         }
-        path = Path(path)
-        beside = path.with_name(path.name + ".new")
-        try:
-            beside.write_text(json.dumps(state, indent=0), encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with resources.write_beside(path) as new:
+            new.write_text(json.dumps(state, indent=0), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> BPETokenizer:
