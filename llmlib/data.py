@@ -133,8 +133,9 @@ def token_windows(
 class DocumentRows(Dataset):
     """Hold one document a row, from its first token, which follows `end_id`, to the `end_id` that ends it.
 
-    The rest of a row is padding: `end_id` as input, −100 as target. A document longer than `max_seq_len` is
-    cut there. The index may be a row of numbers: the documents then come as one batch.
+    A document longer than `max_seq_len` is cut there. The index may be a row of numbers: the documents then
+    come as one batch, as wide as the longest of them. The rest of a row is padding: `end_id` as input,
+    −100 as target.
     """
 
     tokens: Integer[np.ndarray, " N"]
@@ -151,7 +152,8 @@ class DocumentRows(Dataset):
         index = np.asarray(index) % len(self)
         ends = self.ends[index][..., None]  # (B, 1)
         starts = np.where(index[..., None] == 0, 0, self.ends[index - 1][..., None] + 1)
-        places = starts + np.arange(-1, self.max_seq_len)  # (B, T + 1)
+        T = min(self.max_seq_len, int((ends - starts).max()) + 1)
+        places = starts + np.arange(-1, T)  # (B, T + 1)
         ids = self.tokens[places.clip(0, len(self.tokens) - 1)].astype(np.int64)
         ids[..., 0] = self.end_id
         inputs = np.where(places <= ends, ids, self.end_id)[..., :-1]

@@ -317,11 +317,12 @@ def test_a_row_holds_one_document_and_padding(documents, max_seq_len):
     tokens = np.array([i for document in documents for i in [*document, 0]])
     rows = document_rows(tokens, max_seq_len, end_id=0)
     ids, targets = rows[np.arange(len(rows))]
-    assert len(rows) == len(documents) and ids.shape == targets.shape == (len(documents), max_seq_len)
+    width = min(max_seq_len, max(map(len, documents)) + 1)
+    assert len(rows) == len(documents) and ids.shape == targets.shape == (len(documents), width)
     for document, row, row_targets in zip(documents, ids.tolist(), targets.tolist(), strict=True):
-        n_padding = max(0, max_seq_len - len(document) - 1)
-        assert row == [0, *document, *[0] * max_seq_len][:max_seq_len]
-        assert row_targets == [*document, 0, *[-100] * n_padding][:max_seq_len]
+        n_padding = max(0, width - len(document) - 1)
+        assert row == [0, *document, *[0] * width][:width]
+        assert row_targets == [*document, 0, *[-100] * n_padding][:width]
 
 
 def test_a_single_row_and_a_batch_agree():
