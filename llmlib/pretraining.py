@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import safetensors
 import torch
+from jaxtyping import Bool, Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,9 +27,11 @@ from tqdm import tqdm
 from llmlib import tales
 from llmlib.data import (
     IGNORE_INDEX,
+    BatchOrder,
     join_documents,
     make_document_loader,
     make_loader,
+    open_tokens,
     save_tokens,
     split_documents,
 )
@@ -48,7 +52,7 @@ class TrainingConfig:
 
     The learning rate rises to `lr` in `n_warmup` steps, and falls along a cosine to `final_lr` × `lr`.
     Gradients longer than `max_norm` are shortened to it. Every `eval_every` steps the model is evaluated,
-    and saved where `train` has a folder.
+    and saved where `train` has a folder. A subclass with another `optimizer` trains by another rule.
     """
 
     n_steps: int
@@ -68,10 +72,40 @@ class TrainingConfig:
         if not 0 <= self.n_warmup <= self.n_steps:
             raise ValueError(f"n_warmup={self.n_warmup} must lie between 0 and n_steps={self.n_steps}")
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer | Together:
+        """Make AdamW, with weight decay on matrices and tables, and none on biases and the scales of norms.
+
+        Loshchilov and Hutter 2017, arXiv:1711.05101.
+        """
+        trained = [p for p in model.parameters() if p.requires_grad]
+        decayed, kept = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+        return self._adamw({"params": decayed, "weight_decay": self.weight_decay}, {"params": kept})
+
+    def _adamw(self, *groups: dict) -> torch.optim.AdamW:
+        filled = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(filled, lr=self.lr, betas=self.betas, weight_decay=0.0, fused=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(TrainingConfig):
+    """Train the matrices of the blocks by Muon, at twice the rate `lr`, and all else by AdamW, at `lr`.
+
+    Weight decay is for the matrices.
+    """
+
+    lr: float = 1e-2
+
+    def optimizer(self, model: GPT) -> Together:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = {name: p for name, p in trained.items() if name.startswith("blocks.") and p.ndim == 2}
+        rest = [p for name, p in trained.items() if name not in matrices]
+        muon = Muon(matrices.values(), lr=2 * self.lr, weight_decay=self.weight_decay)
+        return Together(muon, self._adamw({"params": rest}))
+
 
 def train(
     model: GPT,
-    loader: DataLoader,
+    loader: DataLoader | Recall,
     config: TrainingConfig,
     *,
     validation: DataLoader | None = None,
@@ -86,7 +120,8 @@ def train(
     on from its last checkpoint, and repeats bit for bit what it would have done. FloatingPointError where
     loss or gradient are no longer finite; the weights are then still those of the step before.
     """
-    optimizer = make_optimizer(model, config)
+    optimizer = config.optimizer(model)
+    highest = [group["lr"] for group in optimizer.param_groups]
     last = None if folder is None else last_checkpoint(folder)
     rows = [] if last is None else load_checkpoint(last, model, optimizer)
     batches = _endless(loader, len(rows) * config.n_accumulate)
@@ -97,8 +132,8 @@ def train(
     with tqdm(steps, initial=len(rows), total=config.n_steps, leave=False, disable=not progress) as bar:
         for step in bar:
             lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group, high in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = high * lr / config.lr
             loss, n_new = accumulate_gradients(model, batches, config.n_accumulate)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm).item()
             if not math.isfinite(loss + norm):
@@ -163,17 +198,110 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW, with weight decay on matrices and tables, and none on biases and the scales of norms.
+class Muon(torch.optim.Optimizer):
+    """Step each matrix along its momentum, made orthogonal: strong and weak directions move alike.
 
-    Loshchilov and Hutter 2017, arXiv:1711.05101.
+    The step of a matrix that widens its input is longer, by the root of its height over its width.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - momentum)
+                step = orthogonalize(p.grad.lerp(mean, momentum))  # Nesterov: one step ahead
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(lr * math.sqrt(max(1, p.shape[0] / p.shape[1])) * step)
+
+
+def orthogonalize(x: Float[Tensor, "R C"], n_steps: int = 5) -> Float[Tensor, "R C"]:
+    """Bring all singular values of a matrix near 1 (0.7 to 1.2), and keep its singular vectors.
+
+    Each step sends a singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵ (Newton–Schulz), by products alone.
+    Jordan et al. 2024.
+    """
+    if x.shape[0] > x.shape[1]:  # the products are smaller on the short side
+        return orthogonalize(x.mT, n_steps).mT
+    x = x / (x.norm() + 1e-7)
+    for _ in range(n_steps):
+        squares = x @ x.mT  # (R, R)
+        x = 3.4445 * x + (-4.775 * squares + 2.0315 * squares @ squares) @ x
+    return x
+
+
+class Together:
+    """Let several optimizers step as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+@dataclass(eq=False)
+class Recall:
+    """Yield the batches of `loader`, some of which ask only for words that came before.
+
+    Such are the first `n_first` batches, and then every fourth up to number `n_mixed`. In them, only those
+    targets count that are `rare` tokens and stand in the text already: to copy them is all there is to learn.
+    """
+
+    loader: DataLoader
+    rare: Bool[Tensor, " V"]
+    n_first: int
+    n_mixed: int
+
+    @property
+    def sampler(self) -> BatchOrder:
+        return self.loader.sampler
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, (ids, targets) in enumerate(self.loader, self.sampler.start + 1):
+            if number <= self.n_first or (number <= self.n_mixed and number % 4 == 0):
+                targets = self.ask(ids, targets)
+            yield ids, targets
+
+    def ask(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
+        """Keep the targets that came before; where there are none, keep all of them."""
+        seen = (targets[:, :, None] == ids[:, None, :]).tril().any(dim=-1)  # (B, T)
+        asked = targets.where(seen & self.rare[targets.clamp(min=0)], IGNORE_INDEX)
+        return targets if (asked == IGNORE_INDEX).all() else asked
+
+
+def rare_tokens(
+    tokens: Tensor | np.ndarray | str | os.PathLike, vocab_size: int, n_frequent: int = 150
+) -> Bool[Tensor, " {vocab_size}"]:
+    """Say of each token whether it is rare: not among the `n_frequent` most frequent ones of a text."""
+    row = open_tokens(tokens) if isinstance(tokens, str | os.PathLike) else np.asarray(tokens)
+    counts = torch.from_numpy(np.bincount(row, minlength=vocab_size))
+    rare = torch.ones(vocab_size, dtype=torch.bool)
+    rare[counts.argsort(descending=True, stable=True)[:n_frequent]] = False
+    return rare
 
 
 class Precision(NamedTuple):
@@ -234,8 +362,14 @@ def load_model(path: str | os.PathLike, config: GPTConfig | None = None) -> GPT:
     return model
 
 
+def load_tales_gpt() -> tuple[GPT, BPETokenizer]:
+    """Read the model that this module's command trained on the course's tales, and its tokenizer."""
+    data = Path(__file__).parents[1] / "data"
+    return load_model(data / "tales-gpt.safetensors"), BPETokenizer.load(data / "tales-tokenizer.json")
+
+
 def save_checkpoint(
-    folder: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer, rows: list[dict]
+    folder: str | os.PathLike, model: GPT, optimizer: torch.optim.Optimizer | Together, rows: list[dict]
 ) -> None:
     """Keep model, optimizer, random state and log, all or nothing, in place of the last checkpoint."""
     folder = Path(folder)
@@ -259,7 +393,7 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
     return next(reversed(_checkpoints(Path(folder))), None)
 
 
-def load_checkpoint(checkpoint: Path, model: GPT, optimizer: torch.optim.Optimizer) -> list[dict]:
+def load_checkpoint(checkpoint: Path, model: GPT, optimizer: torch.optim.Optimizer | Together) -> list[dict]:
     """Put model, optimizer and random state back as they were, and return the rows of the log."""
     _load_weights(model, load_file(checkpoint / "model.safetensors"), checkpoint)
     state = torch.load(checkpoint / "training.pt", weights_only=True)
@@ -291,7 +425,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _endless(loader: DataLoader, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(loader: DataLoader | Recall, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of epoch after epoch, the first `start` of them left out."""
     loader.sampler.start = start
     while True:
@@ -337,6 +471,15 @@ def _arguments() -> argparse.ArgumentParser:
     add("--n-layers", type=int, default=4)
     add("--n-heads", type=int, default=4)
     add("--batch-size", type=int, default=16)
+    add("--muon", action="store_true", help="train the matrices of the blocks by Muon")
+    add(
+        "--recall",
+        type=int,
+        default=0,
+        metavar="N",
+        help="in the first N steps, and in a quarter of those after them up to three quarters of the run, "
+        "ask only for words that came before",
+    )
     add("--steps", type=int, default=2000)
     add("--lr", type=float, default=3e-3, help="highest learning rate")
     add("--warmup", type=int, default=100, help="steps until the highest learning rate")
@@ -380,7 +523,10 @@ def _run(options: argparse.Namespace) -> None:
     loader = make(out / "train.npy", seed=options.seed, **sizes)
     held_out = make(out / "validation.npy", shuffle=False, drop_last=False, **sizes)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {precision().reason}")
-    config = TrainingConfig(
+    if options.recall:
+        rare = rare_tokens(out / "train.npy", tokenizer.vocab_size)
+        loader = Recall(loader, rare, options.recall, 3 * options.steps // 4)
+    config = (MuonConfig if options.muon else TrainingConfig)(
         n_steps=options.steps, lr=options.lr, n_warmup=options.warmup, eval_every=options.eval_every
     )
     watchers: list[Watcher] = [_report]

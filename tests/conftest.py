@@ -1,5 +1,6 @@
 """Check the shapes in every signature of llmlib, compute on one thread, and start kernels safely."""
 
+import hypothesis
 import nbval.kernel
 import torch
 from jaxtyping import install_import_hook
@@ -8,6 +9,10 @@ from jaxtyping import install_import_hook
 install_import_hook("llmlib", "beartype.beartype")
 
 torch.set_num_threads(1)  # tests are so small that they would wait for a second thread longer than they run
+
+# A busy machine may take any time for an example: that is no fault of the code.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 _start_kernel = nbval.kernel.start_new_kernel
 

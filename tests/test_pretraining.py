@@ -4,17 +4,22 @@ import random
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from llmlib import pretraining
 from llmlib.data import make_loader, open_tokens
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig, RMSNorm
 from llmlib.pretraining import (
+    Muon,
+    MuonConfig,
+    Recall,
     TrainingConfig,
     accumulate_gradients,
     evaluate,
@@ -23,8 +28,9 @@ from llmlib.pretraining import (
     load_checkpoint,
     load_model,
     main,
-    make_optimizer,
+    orthogonalize,
     precision,
+    rare_tokens,
     save_checkpoint,
     save_model,
     train,
@@ -90,7 +96,7 @@ def test_learning_rate_rises_and_falls():
 
 def test_norms_and_biases_do_not_decay():
     model = tiny()
-    decayed, kept = make_optimizer(model, replace(SHORT, weight_decay=0.3)).param_groups
+    decayed, kept = replace(SHORT, weight_decay=0.3).optimizer(model).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in kept["params"]} == {1}
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
@@ -103,6 +109,92 @@ def test_the_optimizer_leaves_frozen_weights_alone():
     before = [p.clone() for p in model.blocks.parameters()]
     train(model, loader(), SHORT, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, model.blocks.parameters(), strict=True))
+
+
+def test_orthogonalize_keeps_directions_and_evens_their_lengths():
+    for shape in ((6, 6), (4, 9), (9, 4)):
+        x = torch.randn(shape)
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        y = orthogonalize(x, 8)
+        values = (u.mT @ y @ v.mT).diagonal()
+        torch.testing.assert_close(u @ values.diag() @ v, y)
+        assert values.min() > 0.6 and values.max() < 1.25 < s.max()
+
+
+def test_muon_is_that_of_torch(monkeypatch):
+    """PyTorch's orthogonalizes in bfloat16: here it is told to keep float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    ours, theirs = [[nn.Parameter(m.clone()) for m in (torch.ones(6, 3), torch.eye(4))] for _ in range(2)]
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.2)
+    optimizers = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for seed in range(5):
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            torch.manual_seed(seed)
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    config = MuonConfig(n_steps=12, n_warmup=2, lr=0.01)
+    model = tiny()
+    muon, adamw = config.optimizer(model).param_groups
+    assert (muon["lr"], adamw["lr"], adamw["weight_decay"]) == (0.02, 0.01, 0.0)
+    assert len(muon["params"]) == 6 and all(p.ndim == 2 for p in muon["params"])
+    assert {id(p) for p in muon["params"] + adamw["params"]} == {id(p) for p in model.parameters()}
+    assert any(p is model.lm_head.weight for p in adamw["params"])
+
+
+def test_all_rates_follow_the_schedule():
+    optimizers = []
+
+    class Watched(MuonConfig):
+        def optimizer(self, model):
+            optimizers.append(super().optimizer(model))
+            return optimizers[-1]
+
+    config, rates = Watched(n_steps=12, n_warmup=2, eval_every=4), []
+
+    def watch(model, log):
+        rates.append([group["lr"] for group in optimizers[0].param_groups])
+
+    train(tiny(), loader(), config, watchers=[watch], progress=False)
+    for step, (muon, adamw) in zip((4, 8, 12), rates, strict=True):
+        assert adamw == pytest.approx(learning_rate(step, config))
+        assert muon == pytest.approx(2 * learning_rate(step, config))
+
+
+# Batches that ask for what came before
+
+
+def test_recall_asks_for_rare_words_that_came_before():
+    rare = torch.ones(11, dtype=torch.bool)
+    rare[1] = False
+    ids = torch.tensor([[1, 5, 1, 6, 5, 7]])
+    targets = torch.tensor([[5, 1, 6, 5, 7, -100]])
+    asked = Recall(loader(), rare, 1, 0).ask(ids, targets)
+    assert asked.tolist() == [[-100, -100, -100, 5, -100, -100]]
+    fresh = torch.tensor([[2, 3, 4, 5, 6, 7]])  # nothing comes again: all count
+    assert Recall(loader(), rare, 1, 0).ask(fresh - 1, fresh).equal(fresh)
+
+
+def test_recall_comes_first_and_then_in_every_fourth_batch():
+    rare = torch.ones(11, dtype=torch.bool)
+    plain = make_loader(torch.arange(2000) % 5, 8, 20)  # 12 batches an epoch; in each, tokens come again
+    for start in (0, 5, 13):
+        batches = list(islice(pretraining._endless(Recall(plain, rare, 3, 9), start), 14))
+        asked = [bool((targets == -100).any()) for _, targets in batches]
+        numbers = range(start + 1, start + 15)
+        assert asked == [n <= 3 or n in (4, 8) for n in numbers]
+        expected = islice(pretraining._endless(plain, start), 14)
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, expected, strict=True))
+
+
+def test_rare_tokens_are_all_but_the_most_frequent():
+    tokens = torch.tensor([3] * 5 + [0] * 4 + [1] * 2 + [4])
+    assert rare_tokens(tokens, 6, 2).tolist() == [False, True, True, False, True, True]
 
 
 def test_evaluation_weighs_batches_by_their_targets_and_leaves_no_trace():
@@ -198,6 +290,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     pd.testing.assert_frame_equal(again[columns], expected[columns], check_exact=True)
 
 
+def test_a_stopped_run_with_muon_and_recall_goes_on_bit_for_bit(tmp_path):
+    config = MuonConfig(n_steps=12, n_warmup=2, eval_every=4)
+    rare = torch.ones(11, dtype=torch.bool)
+
+    def run(**options):
+        return train(tiny(), Recall(loader(), rare, 3, 10), config, **options, progress=False)
+
+    def stop(model, log):
+        raise KeyboardInterrupt
+
+    expected = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder=tmp_path, watchers=[stop])
+    assert last_checkpoint(tmp_path).name == "step-0000004"
+    columns = ["step", "tokens", "lr", "loss", "norm"]
+    pd.testing.assert_frame_equal(run(folder=tmp_path)[columns], expected[columns], check_exact=True)
+
+
 def test_only_the_last_checkpoint_stays(tmp_path):
     train(tiny(), loader(), SHORT, folder=tmp_path, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000012"]
@@ -208,7 +318,7 @@ def test_only_the_last_checkpoint_stays(tmp_path):
 @pytest.mark.parametrize("broken", ["save_model", "torch.save"])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, broken):
     model = tiny()
-    optimizer = make_optimizer(model, SHORT)
+    optimizer = SHORT.optimizer(model)
     row = dict(step=1, tokens=1, lr=0.1, loss=1.0, norm=1.0, seconds=1.0)
     save_checkpoint(tmp_path, model, optimizer, [row])
 
@@ -358,6 +468,12 @@ def test_the_command_line_puts_one_document_in_a_row(tmp_path):
     run(tmp_path, "--tales", "30", "--by-document")
     log = pd.read_csv(tmp_path / "out" / "log.csv")
     assert log["tokens"].iloc[-1] == 6 * 2 * 16 and log["val_loss"].notna().sum() == 2
+
+
+def test_the_command_line_has_muon_and_recall(tmp_path):
+    run(tmp_path, "--tales", "30", "--by-document", "--muon", "--recall", "2")
+    state = torch.load(last_checkpoint(tmp_path / "out" / "checkpoints") / "training.pt", weights_only=True)
+    assert len(state["optimizer"]) == 2
 
 
 def test_a_run_keeps_its_settings(tmp_path, capsys):
