@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 
@@ -51,3 +54,36 @@ def heat_map(ax: Axes, values, rows: list[str], columns: list[str], *, digits: i
         for j in range(len(columns)):
             ink = "white" if image.norm(values[i][j]) > 0.6 else "black"
             ax.text(j, i, f"{values[i][j]:.{digits}f}", ha="center", va="center", color=ink)
+
+
+class LiveCurve:
+    """Draw the losses of a run at each evaluation, in one picture that grows: a watcher for `train`.
+
+    A dot is the training loss of a step, the line is the held-out loss, both in nats a token. `floor` is the
+    lowest that a model can reach.
+    """
+
+    def __init__(self, floor: float | None = None) -> None:
+        self.floor, self.picture = floor, None
+
+    def __call__(self, model, log: pd.DataFrame) -> None:
+        figure = self.draw(log)
+        plt.close(figure)
+        if self.picture is None:
+            self.picture = display(figure, display_id=True)
+        else:
+            self.picture.update(figure)
+
+    def draw(self, log: pd.DataFrame) -> Figure:
+        figure, ax = plt.subplots()
+        ax.plot(log["step"], log["loss"], ".", color=SKY, markersize=2)
+        held_out = log.dropna(subset="val_loss")
+        (line,) = ax.plot(held_out["step"], held_out["val_loss"], "o-", color=BLUE)
+        label_line(line, f"held out {held_out['val_loss'].iloc[-1]:.2f}", dy=8.0)
+        if self.floor is not None:
+            ax.axhline(self.floor, color=GREEN, linestyle=":")
+            ax.text(0, self.floor, f"floor {self.floor:.2f}", color=GREEN, va="bottom")
+        ax.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        return figure
