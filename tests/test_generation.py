@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from llmlib import generation
 from llmlib.generation import (
     KVCache,
     beam_search,
     distribution,
+    draw,
+    for_inference,
     generate,
     last_logits,
     make_caches,
@@ -189,6 +192,21 @@ def test_a_new_strategy_is_a_function():
     assert set(ids[0, 1:].tolist()) == {15, 16}
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    p = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.7, 0.0], [0.3, 0.0, 0.2, 0.4, 0.1, 0.0]])
+    tokens = torch.cat([draw(p, torch.Generator().manual_seed(i)) for i in range(4000)], dim=1)  # (2, 4000)
+    for row, expected in zip(tokens, p, strict=True):
+        assert p_value(row.bincount(minlength=6), 4000 * expected) > 0.001
+
+
+@pytest.mark.parametrize(("chance", "token"), [(0.0, 1), (1 - 2**-24, 3)])
+def test_the_least_and_the_greatest_random_number_draw_what_is_possible(monkeypatch, chance, token):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, chance))
+    p = torch.tensor([[0.0, 0.3, 0.4, 0.3, 0.0]])
+    for total in (1 - 2e-7, 1.0, 1 + 2e-7):  # a softmax may round to each
+        assert draw(p * total).tolist() == [[token]]
+
+
 # The cache
 
 
@@ -282,7 +300,7 @@ def draw_one_by_one(model, ids, n_tokens, strategies, generator):
     """Read the whole text again for each token."""
     for _ in range(n_tokens):
         logits = model(ids[:, -12:])[:, -1]
-        token = torch.multinomial(distribution(logits, ids, strategies), 1, generator=generator)
+        token = draw(distribution(logits, ids, strategies), generator)
         ids = torch.cat([ids, token], dim=1)
     return ids
 
@@ -361,6 +379,82 @@ def test_the_mode_of_the_model_stays():
     assert model.training
     generate(model.eval(), random_ids(1, 2), 2)
     assert not model.training
+
+
+# A copy for inference
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("Config", [GPTConfig, LlamaConfig])
+@torch.no_grad()
+def test_the_copy_for_inference_is_the_model_but_for_rounding(Config, bias):
+    """In chunks of any size, with padding too."""
+    model = lively(Config(**SIZES, bias=bias))
+    fast, ids, padding = for_inference(model), random_ids(2, 12), torch.tensor([0, 3])
+    torch.testing.assert_close(fast(ids), model(ids), atol=1e-5, rtol=1e-5)
+    for sizes in ([12], [4, 1, 1, 3, 2, 1]):
+        caches, ends = make_caches(fast), itertools.accumulate(sizes)
+        chunks = [
+            last_logits(fast, ids[:, :end], caches, padding, n) for n, end in zip(sizes, ends, strict=True)
+        ]
+        whole = model(ids, padding=padding)
+        torch.testing.assert_close(torch.cat(chunks, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@both
+def test_the_copy_for_inference_writes_the_same(model):
+    """Beyond the window of 12 too, and where few key heads serve all queries."""
+    fast, ids, strategies = (
+        for_inference(model),
+        random_ids(3, 4),
+        [repetition_penalty(1.2), temperature(0.0)],
+    )
+    assert generate(fast, ids, 15, strategies).equal(generate(model, ids, 15, strategies))
+    found, expected = (beam_search(m, ids[0], 6, 3) for m in (fast, model))
+    assert [text.tolist() for text, _ in found] == [text.tolist() for text, _ in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@both
+@torch.no_grad()
+def test_the_copy_for_inference_has_the_type_of_the_model(model, dtype):
+    model, ids = lively(model.config).to(dtype), random_ids(2, 8)
+    logits, expected = for_inference(model)(ids), model(ids)
+    assert logits.dtype == dtype
+    assert (logits - expected).norm() < (0.05 if dtype == torch.bfloat16 else 1e-6) * expected.norm()
+
+
+@torch.no_grad()
+def test_the_copy_for_inference_keeps_the_frequencies_of_each_block():
+    model, ids = lively(MODELS["Llama"].config), random_ids(1, 8)
+    model.blocks[1].attn.positions.frequencies = torch.tensor([0.3, 0.02])
+    torch.testing.assert_close(for_inference(model)(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@both
+def test_the_copy_for_inference_leaves_the_model_as_it_is(model):
+    model = lively(replace(model.config, dropout=0.1)).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    fast = for_inference(model)
+    assert not fast.training
+    assert not any(weight.requires_grad for weight in fast.parameters())
+    for weight in fast.parameters():
+        weight.data.zero_()
+    assert model.training
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert model.state_dict().keys() == before.keys()
+    assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+
+
+def test_float32_weights_lie_column_by_column():
+    model = MODELS["Llama"]
+    for fast, columns in (
+        (for_inference(model), True),
+        (for_inference(lively(model.config).bfloat16()), False),
+    ):
+        weights = [layer.weight for layer in fast.modules() if isinstance(layer, nn.Linear)]
+        assert len(weights) == 4 * len(model.blocks) + 1
+        assert all(weight.T.is_contiguous() == columns for weight in weights)
 
 
 # Text

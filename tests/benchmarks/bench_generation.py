@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from llmlib.generation import generate, temperature
+from llmlib.generation import for_inference, generate, temperature
 from llmlib.gpt import GPT
 from llmlib.llama import SMOLLM2_135M as CONFIG
 
@@ -24,7 +24,8 @@ Writer = Callable[[Tensor], Tensor]
 
 
 def ours(model: GPT) -> Writer:
-    return lambda ids: generate(model, ids, N_TOKENS, [temperature(0.0)])
+    fast = for_inference(model)
+    return lambda ids: generate(fast, ids, N_TOKENS, [temperature(0.0)])
 
 
 def transformers(model: GPT) -> Writer:
