@@ -7,13 +7,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from llmlib import pretraining
-from llmlib.data import make_loader, open_tokens
+from llmlib import pretraining, tales
+from llmlib.data import join_documents, make_document_loader, make_loader, open_tokens
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig, RMSNorm
 from llmlib.pretraining import (
@@ -27,6 +28,7 @@ from llmlib.pretraining import (
     learning_rate,
     load_checkpoint,
     load_model,
+    load_tales_gpt,
     main,
     orthogonalize,
     precision,
@@ -510,3 +512,12 @@ def test_tensorboard_missing_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         pretraining.TensorBoard(tmp_path)
+
+
+def test_the_model_of_the_tales_is_near_the_floor():
+    model, tokenizer = load_tales_gpt()
+    end, stories = tokenizer.special_tokens["<|endoftext|>"], tales.tales(40, seed=77)
+    tokens = np.array([*join_documents(map(tokenizer.encode, stories), end)])
+    told = make_document_loader(tokens, model.config.max_seq_len, 10, end, shuffle=False)
+    log_p = sum(tales.parse(story).log_prob for story in stories)
+    assert 0 <= evaluate(model, told) + log_p / len(tokens) < 0.03
