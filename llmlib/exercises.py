@@ -6,6 +6,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -548,3 +549,126 @@ def merge_halves() -> Iterator[Case]:
     for scores in (*cases, [-1000.0, -1003.0, -1001.0, -1002.0], *far):
         halves = carried(scores[:2], values[:2]), carried(scores[2:], values[2:])
         yield halves, carried(scores, values)
+
+
+# Chapter 08: Pretraining
+
+
+@exercise
+def rate() -> Iterator[Case]:
+    def right(step: int, n_warmup: int, n_steps: int, highest: float) -> float:
+        if step <= n_warmup:
+            return highest * step / n_warmup
+        return highest * (1 + math.cos(math.pi * (step - n_warmup) / (n_steps - n_warmup))) / 2
+
+    for step in (1, 5, 10, 11, 35, 60, 100, 110):
+        yield (step, 10, 110, 0.01), right(step, 10, 110, 0.01)
+    yield (3, 3, 4, 2.0), 2.0
+    yield (4, 3, 4, 2.0), 0.0
+
+
+@exercise
+def recall_targets() -> Iterator[Case]:
+    yield ([1, 5, 1, 6, 5], [5, 1, 6, 5, 7], {5, 6, 7}), [-100, -100, -100, 5, -100]
+    yield ([1, 5, 1, 6, 5], [5, 1, 6, 5, 7], {1, 5, 6, 7}), [-100, 1, -100, 5, -100]
+    yield ([4, 4, 4], [4, 4, 9], {4, 9}), [4, 4, -100]  # the token to read now counts as read
+    yield ([2, 3], [3, 2], {2, 3}), [-100, 2]
+    yield ([8, 3, 8], [3, 8, 3], set()), [-100, -100, -100]
+    yield ([7, 2], [2, -100], {2, 7, -100}), [-100, -100]
+
+
+@exercise
+def clip() -> Iterator[Case]:
+    def right(grads: list[torch.Tensor], longest: float) -> list[torch.Tensor]:
+        length = math.sqrt(sum(g.square().sum().item() for g in grads))
+        return [g * min(1.0, longest / length) for g in grads]
+
+    small = [torch.tensor([3.0, 0.0]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])]  # together 5 long
+    for longest in (1.0, 2.5, 5.0, 50.0):
+        yield (small, longest), right(small, longest)
+    yield ([torch.tensor([0.3, -0.4])], 1.0), [torch.tensor([0.3, -0.4])]
+    yield ([torch.tensor([6.0]), torch.tensor([-8.0])], 1.0), [torch.tensor([0.6]), torch.tensor([-0.8])]
+
+
+@exercise
+def gpu_hours() -> Iterator[Case]:
+    yield (1e9, 20e9, 1e15, 0.5), 6 * 1e9 * 20e9 / (0.5e15 * 3600)
+    yield (124e6, 10e9, 312e12, 0.4), 6 * 124e6 * 10e9 / (0.4 * 312e12 * 3600)
+    yield (70e9, 2e12, 312e12, 1.0), 6 * 70e9 * 2e12 / (312e12 * 3600)
+
+
+# Chapter 09: Generation
+
+
+@exercise
+def temper() -> Iterator[Case]:
+    yield ([0.5, 0.3, 0.2], 1), [0.5, 0.3, 0.2]
+    yield ([0.8, 0.2], 0.5), [16 / 17, 1 / 17]
+    yield ([0.64, 0.36], 2), [4 / 7, 3 / 7]
+    yield ([0.25, 0.75, 0.0], 2), [1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3)), 0.0]
+    yield ([0.2, 0.4, 0.4], 0), [0.0, 1.0, 0.0]
+    yield ([0.3, 0.3, 0.4], 0.001), [0.0, 0.0, 1.0]
+    yield ([0.5, 0.5], 0.0001), [0.5, 0.5]
+    yield ([0.0, 1.0], 0.0001), [0.0, 1.0]
+
+
+@exercise
+def no_repeat() -> Iterator[Case]:
+    def forbid(logits: torch.Tensor, *places: tuple[int, int]) -> torch.Tensor:
+        after = logits.clone()
+        for place in places:
+            after[place] = -math.inf
+        return after
+
+    row = torch.tensor([[0.5, -1.0, 2.0, 0.0, 3.0]])
+    yield (row, torch.tensor([[0, 2, 1, 0]])), forbid(row, (0, 2))
+    yield (row, torch.tensor([[0, 2, 0, 4, 3, 0]])), forbid(row, (0, 2), (0, 4))
+    yield (row, torch.tensor([[1, 2, 3]])), row
+    yield (row, torch.tensor([[2, 1, 2, 4, 1]])), forbid(row, (0, 2))  # 1 was followed by 2, not 2 by 1
+    yield (row, torch.tensor([[3, 3]])), forbid(row, (0, 3))
+    yield (row, torch.tensor([[4]])), row
+    two = torch.cat([row, row.flip(1)])
+    yield (two, torch.tensor([[0, 2, 1, 0], [1, 3, 3, 1]])), forbid(two, (0, 2), (1, 3))
+    yield (two, torch.tensor([[0, 2, 0], [2, 4, 0]])), forbid(two, (0, 2))  # rows know only their own past
+
+
+@exercise
+def stop_at() -> Iterator[Case]:
+    def streamed(*wanted: str) -> Callable[[Any], str | None]:
+        def compare(actual: Any) -> str | None:
+            got = list(actual)
+            return None if got == list(wanted) else f"the pieces {list(wanted)}, not {got}"
+
+        return compare
+
+    yield (["Hello", " you", "END", "more"], "END"), streamed("Hello", " you")
+    yield (["Hi. Us", "er", ": and you?"], "User:"), streamed("Hi. ")
+    yield (["The U", "S is ", "large"], "User:"), streamed("The ", "US is ", "large")
+    yield (["one STOP two"], "STOP"), streamed("one ")
+    yield (["ends in EN"], "END"), streamed("ends in ", "EN")
+    yield (["a", "a", "a", "b", "c"], "aab"), streamed("a")
+    yield (["xab", "abc"], "abc"), streamed("x", "ab")
+    yield (["a<", "<", "/s>"], "</s>"), streamed("a", "<")
+    yield (["STOP", "more"], "STOP"), streamed()
+    yield (["", "a", ""], "b"), streamed("a")
+    yield ([], "b"), streamed()
+    yield (_Pieces(("Hi", " you. E", "ND")), "END"), streamed("Hi", " you. ")
+
+    def at_once(actual: Any) -> str | None:
+        return None if next(iter(actual), None) == "Hello" else "'Hello', before another piece is read"
+
+    yield (_Pieces(("Hello",)), "END"), at_once
+
+
+@dataclass(frozen=True, repr=False)
+class _Pieces:
+    """A stream that breaks after its last piece."""
+
+    pieces: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.pieces
+        raise RuntimeError("asked for more pieces than it needs")
+
+    def __repr__(self) -> str:
+        return f"a stream of {list(self.pieces)}"
