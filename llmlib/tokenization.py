@@ -69,8 +69,13 @@ class BPETokenizer:
     """Encode text as bytes merged pair by pair, in the order in which training found the merges.
 
     `vocab` holds the bytes of every ID; the special tokens are added to it. `merges` lists the pairs, the
-    first learned first. Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
+    first learned first. A tokenizer with another `pattern`, or one that has no token for some bytes and
+    leaves them out of every text (`dropped`), is a subclass.
+    Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
     """
+
+    pattern = GPT2_PATTERN
+    dropped = b""
 
     def __init__(
         self, vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]], special_tokens: dict[str, int]
@@ -87,6 +92,7 @@ class BPETokenizer:
         special_ids = set(special_tokens.values())
         self._ids = {token: i for i, token in vocab.items() if i not in special_ids}
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self._pretoken = regex.compile(self.pattern)
         self._cache: dict[str, list[int]] = {}
         self._check_merges()
 
@@ -113,7 +119,7 @@ class BPETokenizer:
             if i % 2:  # every other part is a special token
                 ids.append(self.special_tokens[part])
                 continue
-            for pretoken in _PRETOKEN.findall(part):
+            for pretoken in self._pretoken.findall(part):
                 ids += self._cache.get(pretoken) or self._encode_pretoken(pretoken)
         return ids
 
@@ -167,6 +173,8 @@ class BPETokenizer:
         else ValueError. Its `encode` takes special tokens as ordinary text with `disallowed_special=()`, and
         where special tokens overlap the choice is its own.
         """
+        if self.dropped:
+            raise ValueError(f"tiktoken needs a token for each byte, and this tokenizer drops {self.dropped}")
         merged_ids = [self._ids[left + right] for left, right in self.merges]
         if merged_ids != sorted(merged_ids):
             raise ValueError(
@@ -176,12 +184,12 @@ class BPETokenizer:
             if self._merge(token) != [token]:
                 raise ValueError(f"tiktoken would form the token {token}, which the merges never reach")
         return tiktoken.Encoding(
-            "llmlib", pat_str=GPT2_PATTERN, mergeable_ranks=self._ids, special_tokens=self.special_tokens
+            "llmlib", pat_str=self.pattern, mergeable_ranks=self._ids, special_tokens=self.special_tokens
         )
 
     def _check_merges(self) -> None:
         """Raise ValueError where the vocabulary lacks a byte, or a merge has parts that cannot arise."""
-        made = {bytes([b]) for b in range(256)}
+        made = {bytes([b]) for b in range(256) if b not in self.dropped}
         if missing := made - self._ids.keys():
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 bytes: {min(missing)} is one")
         for left, right in self.merges:
@@ -202,7 +210,7 @@ class BPETokenizer:
 
     def _merge(self, pretoken: bytes) -> list[bytes]:
         """Join the pair that was learned first, wherever it stands, and so on until no pair is known."""
-        parts = [bytes([b]) for b in pretoken]
+        parts = [bytes([b]) for b in pretoken if b not in self.dropped]
         while known := self._ranks.keys() & set(pairwise(parts)):
             parts = _join_pair(parts, min(known, key=self._ranks.__getitem__))
         return parts
@@ -247,13 +255,8 @@ def train_bpe(
 
 
 def gpt2_tokenizer() -> BPETokenizer:
-    """Return GPT-2's own tokenizer: 256 bytes, 50,000 merges, and `<|endoftext|>` = 50256.
-
-    Its files write each byte as a visible character: itself where it is one, else the next from U+0100 on.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in visible]
-    byte_of = {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+    """Return GPT-2's own tokenizer: 256 bytes, 50,000 merges, and `<|endoftext|>` = 50256."""
+    byte_of = visible_bytes()
 
     def to_bytes(token: str) -> bytes:
         return bytes([byte_of[character] for character in token])
@@ -263,6 +266,13 @@ def gpt2_tokenizer() -> BPETokenizer:
     _version, *lines = resources.path("gpt2-merges").read_text(encoding="utf-8").splitlines()
     merges = [(to_bytes(left), to_bytes(right)) for left, right in map(str.split, lines)]
     return BPETokenizer({i: to_bytes(token) for token, i in ids.items()}, merges, special_tokens)
+
+
+def visible_bytes() -> dict[str, int]:
+    """Return the byte of each visible character in GPT-2's files: itself, or the next from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
 
 
 def _learn_merges(pretoken_counts: dict[str, int], n_merges: int) -> list[tuple[bytes, bytes]]:
