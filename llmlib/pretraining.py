@@ -94,6 +94,7 @@ class MuonConfig(TrainingConfig):
     """
 
     lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def optimizer(self, model: GPT) -> Together:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -464,6 +465,7 @@ def _arguments() -> argparse.ArgumentParser:
     )
     add("--tales", type=int, default=0, metavar="N", help="add N of the course's own tales")
     add("--by-document", action="store_true", help="one document a row, padded: for many short texts")
+    add("--start", type=Path, help="go on from the model of a finished run, in this folder, not from nothing")
     add("--parts", choices=("gpt", "llama"), default="llama", help="whose parts the model has")
     add("--vocab-size", type=int, default=4096)
     add("--max-seq-len", type=int, default=256, help="tokens that the model sees at once")
@@ -505,16 +507,7 @@ def _run(options: argparse.Namespace) -> None:
     _remember(options)
     tokenizer = _tokens(options)
     torch.manual_seed(options.seed)
-    kind = {"gpt": GPTConfig, "llama": LlamaConfig}[options.parts]
-    model = GPT(
-        kind(
-            vocab_size=tokenizer.vocab_size,
-            max_seq_len=options.max_seq_len,
-            d_model=options.d_model,
-            n_layers=options.n_layers,
-            n_heads=options.n_heads,
-        )
-    )
+    model = _model(options, tokenizer.vocab_size)
     if options.by_document:
         make, unit = make_document_loader, {"end_id": tokenizer.special_tokens[END]}
     else:
@@ -537,6 +530,27 @@ def _run(options: argparse.Namespace) -> None:
     with write_beside(out / "log.csv") as new:
         log.to_csv(new, index=False)
     print(f"{out / 'model.safetensors'}: held-out loss {log['val_loss'].iloc[-1]:.3f} nats a token")
+
+
+def _model(options: argparse.Namespace, vocab_size: int) -> GPT:
+    if options.start:
+        model = load_model(options.start / "model.safetensors")
+        if model.config.vocab_size != vocab_size or model.config.max_seq_len < options.max_seq_len:
+            raise ValueError(
+                f"the model of {options.start} knows {model.config.vocab_size} tokens and sees "
+                f"{model.config.max_seq_len}: it can't go on with {vocab_size} and {options.max_seq_len}"
+            )
+        return model
+    kind = {"gpt": GPTConfig, "llama": LlamaConfig}[options.parts]
+    return GPT(
+        kind(
+            vocab_size=vocab_size,
+            max_seq_len=options.max_seq_len,
+            d_model=options.d_model,
+            n_layers=options.n_layers,
+            n_heads=options.n_heads,
+        )
+    )
 
 
 def _report(model: GPT, log: pd.DataFrame) -> None:
@@ -570,7 +584,10 @@ def _tokens(options: argparse.Namespace) -> BPETokenizer:
     out = options.out
     if not (out / "validation.npy").exists():  # the last that is written
         split = _split(_documents(options), options)
-        tokenizer = train_bpe(split[0], options.vocab_size, special_tokens=[END])
+        if options.start:
+            tokenizer = BPETokenizer.load(options.start / "tokenizer.json")
+        else:
+            tokenizer = train_bpe(split[0], options.vocab_size, special_tokens=[END])
         tokenizer.save(out / "tokenizer.json")
         for name, part in zip(("train.npy", "validation.npy"), split, strict=True):
             ids = join_documents(map(tokenizer.encode, part), tokenizer.special_tokens[END])

@@ -478,6 +478,23 @@ def test_the_command_line_has_muon_and_recall(tmp_path):
     assert len(state["optimizer"]) == 2
 
 
+def test_the_command_line_goes_on_from_a_finished_run(tmp_path, capsys):
+    run(tmp_path, "--tales", "30")
+    first = tmp_path / "out"
+    rest = ["--start", str(first), "--max-seq-len", "16", "--batch-size", "2", "--steps", "1", "--lr", "1e-9"]
+    second = ["--tales", "20", *rest, "--warmup", "1", "--out", str(tmp_path / "second")]
+    main([*second])
+    models = [load_model(folder / "model.safetensors") for folder in (first, tmp_path / "second")]
+    assert models[0].config == models[1].config
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (first, tmp_path / "second")]
+    assert tokenizers[0] == tokenizers[1]
+    with pytest.raises(SystemExit):
+        main([*second, "--max-seq-len", "32", "--out", str(tmp_path / "third")])
+    assert "sees 16: it can't go on with 300 and 32" in capsys.readouterr().err
+
+
 def test_a_run_keeps_its_settings(tmp_path, capsys):
     run(tmp_path, "--tales", "30")
     with pytest.raises(SystemExit):
