@@ -31,6 +31,7 @@ from llmlib.pretraining import END, evaluate
 from llmlib.tokenization import BPETokenizer
 
 BATCH_TOKENS = 8192  # the most that the caches of a batch hold, unless it is one question
+BATCH_SPREAD = 2  # tokens that prompts of a batch may have beyond the shortest: read with each choice
 
 # The tokens of a prompt, and those of each text that may follow.
 Question = tuple[list[int], list[list[int]]]
@@ -228,10 +229,12 @@ def log_likelihoods(
 
 
 def _batches(questions: Sequence[Question], n_rows: int) -> Iterator[list[int]]:
-    """Yield the numbers of the questions in order of their lengths, with at most `n_rows` continuations."""
+    """Yield the numbers of questions of about one length, with at most `n_rows` continuations in all."""
     batch: list[int] = []
-    for i in sorted(range(len(questions)), key=lambda i: len(questions[i][0])):
-        if batch and sum(len(questions[j][1]) for j in [*batch, i]) > n_rows:
+    lengths = [len(prompt) for prompt, _ in questions]
+    for i in sorted(range(len(questions)), key=lengths.__getitem__):
+        is_full = sum(len(questions[j][1]) for j in [*batch, i]) > n_rows
+        if batch and (is_full or lengths[i] > lengths[batch[0]] + BATCH_SPREAD):
             yield batch
             batch = []
         batch.append(i)

@@ -201,6 +201,7 @@ def test_a_batch_holds_whole_questions_of_like_length_and_no_more_rows_than_fit(
     lengths, n_choices = [9, 3, 5, 4, 8, 2], [2, 2, 3, 1, 2, 7]
     questions = [([0] * n, [[1]] * k) for n, k in zip(lengths, n_choices, strict=True)]
     assert [*evaluation._batches(questions, 4)] == [[5], [1, 3], [2], [4, 0]]
+    assert [*evaluation._batches(questions, 99)] == [[5, 1, 3], [2], [4, 0]]
 
 
 @given(texts, texts)
@@ -364,7 +365,7 @@ def write(path, text: str):
 def test_mmlu_is_read_from_its_folders_by_split(tmp_path):
     row = '"Which ""sign""\nis first, if any?",yes,yes,"a, b",None,D\n'
     write(tmp_path / "data" / "test" / "high_school_biology_test.csv", row)
-    write(tmp_path / "data" / "dev" / "high_school_biology_dev.csv", "1+1,1,2,3,4,B\n")
+    write(tmp_path / "data" / "dev" / "high_school_biology_dev.csv", "\ufeff1+1,1,2,3,4,B\n")
     write(tmp_path / "data" / "README.txt", "no items")
     (item,) = load_mmlu(tmp_path / "data")
     prompt = 'Question: Which "sign"\nis first, if any?\nAnswer:'
@@ -497,9 +498,6 @@ def requests(*args) -> list[SimpleNamespace]:
 
 @both
 def test_the_harness_gets_log_p_and_whether_it_is_greedy(model):
-    prompt = torch.tensor([[END_ID, *TOKENIZER.encode("the cat")]])
-    first = greedy(model, prompt, 1)[0, -1].item()
-    best = TOKENIZER.vocab[first].decode("latin-1")
     asked = [
         ("the cat", " sat"),
         ("The dog", " sat on"),
@@ -511,8 +509,11 @@ def test_the_harness_gets_log_p_and_whether_it_is_greedy(model):
     expected = [log_p(model, context + text, context) for context, text in asked]
     assert [p for p, _ in found] == pytest.approx(expected, abs=1e-8)
     assert found[0] == found[4]
-    greedy_ones = log_likelihoods(model, [(prompt[0].tolist(), [[first], [(first + 1) % 200, first]])])
-    assert [is_greedy for _, is_greedy in greedy_ones[0]] == [True, False], best
+    prompt = [END_ID, *TOKENIZER.encode("the cat")]
+    first, second = greedy(model, torch.tensor([prompt]), 2)[0, -2:].tolist()
+    choices = [[first], [first, second], [first, (second + 1) % 200], [(first + 1) % 200, first]]
+    (scores,) = log_likelihoods(model, [(prompt, choices)])
+    assert [is_greedy for _, is_greedy in scores] == [True, True, False, False]
 
 
 def test_the_harness_may_ask_for_more_than_the_model_sees():
@@ -534,16 +535,26 @@ def test_the_harness_gets_log_p_of_whole_texts():
 
 
 @both
-def test_the_harness_gets_greedy_text_up_to_a_stop(model):
+def test_the_harness_gets_greedy_text_up_to_the_first_stop(model):
     ids = torch.tensor([[END_ID, *TOKENIZER.encode("the cat")]])
     new = greedy(model, ids, 12)[0, ids.shape[1] :].tolist()
-    text = TOKENIZER.decode(new[: new.index(END_ID)] if END_ID in new else new)
-    stop = TOKENIZER.decode(new[4:6])
-    ask = [{"until": [], "max_gen_toks": 12}, {"until": stop, "max_gen_toks": 12}, {"max_gen_toks": 1}]
-    found = HarnessModel(model, TOKENIZER).generate_until(
-        requests(*(("the cat", options) for options in ask))
-    )
-    assert found == [text, text.split(stop)[0], TOKENIZER.decode(new[:1])]
+    assert END_ID not in new
+    text = TOKENIZER.decode(new)
+    early, late = text[4:6], text[-2:]
+    assert text.index(early) < text.index(late)
+    stops = [[], late, [late, early], [early, late]]
+    asked = [("the cat", {"until": until, "max_gen_toks": 12}) for until in stops]
+    found = HarnessModel(model, TOKENIZER).generate_until(requests(*asked, ("the cat", {"max_gen_toks": 1})))
+    before = text.split(early)[0]
+    assert found == [text, text.split(late)[0], before, before, TOKENIZER.decode(new[:1])]
+
+
+def test_an_end_token_ends_the_text():
+    model = GPT(GPTConfig(**SIZES, tied=False))
+    with torch.no_grad():
+        model.final_norm.bias.fill_(1)
+        model.lm_head.weight.zero_()[END_ID] = 1
+    assert HarnessModel(model, TOKENIZER).generate_until(requests(("the cat", {}))) == [""]
 
 
 def test_without_the_harness_the_error_says_how_to_install_it(monkeypatch):
