@@ -1,4 +1,4 @@
-"""Load weights that others trained into this course's own model, and save its own where others load them."""
+"""Load weights that others trained into this course's own model, save its own for others, and shrink them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import httpx
 import numpy as np
 import safetensors
 import torch
+import torch.nn.functional as F
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Float, Float32, UInt8
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmlib import resources
+from llmlib.generation import for_inference
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig, deinterleave
 from llmlib.tokenization import BPETokenizer, visible_bytes
@@ -393,6 +395,53 @@ def save_pretrained(model: GPT, path: str | os.PathLike, tokenizer: BPETokenizer
     if tokenizer is not None:
         _write_json(folder / "tokenizer.json", _tokenizer_settings(tokenizer))
         _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+class Int8Linear(nn.Module):
+    """Keep a layer's weights as whole numbers from −127 to 127, with a scale for each row.
+
+    Up to 16 vectors at once, on a CPU, meet the whole numbers, in bfloat16: most of the time of writing is
+    the way of the weights from memory, and these are a quarter of float32. More vectors meet `weight`.
+    Dettmers et al. 2022, section 2.1, arXiv:2208.07339, who round the vectors as well.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()
+        smallest = torch.finfo(torch.bfloat16).tiny  # where a row is all zeros
+        self.scale = nn.Buffer((weight.abs().amax(dim=1) / 127).clamp(min=smallest).bfloat16())
+        q = (weight / self.scale[:, None]).round().clamp(-127, 127)
+        self.q = nn.Buffer(q.to(torch.int8).contiguous())
+        self.bias = layer.bias
+
+    @property
+    def weight(self) -> Float32[Tensor, "N C"]:
+        """Make the weights that the whole numbers stand for, anew each time."""
+        return self.q * self.scale[:, None].float()
+
+    def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B N"]:
+        rows = x.reshape(-1, self.q.shape[1])  # (R, C)
+        # PyTorch's product reads 16 numbers at a time, from even places, without a look at where they end:
+        # other widths and places crash.
+        if len(rows) > 16 or rows.shape[1] % 16 or x.device.type != "cpu":
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
+        y = torch._weight_int8pack_mm(rows, self.q, self.scale.bfloat16())  # (R, N)
+        y = y.to(x.dtype).view(*x.shape[:-1], len(self.q))
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model: GPT) -> GPT:
+    """Return a copy of `model` that writes faster than that of `for_inference`, from weights in 8 bits.
+
+    All layers become `Int8Linear`, the output head too; the token table stays as it is.
+    """
+    small = for_inference(model)
+    for module in [*small.modules()]:
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int8Linear(layer))
+    return small
 
 
 def _fetch(name: str) -> Path:

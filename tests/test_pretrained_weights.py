@@ -23,12 +23,13 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmlib import pretrained_weights, resources
-from llmlib.generation import generate, pad_left, temperature
+from llmlib.generation import for_inference, generate, pad_left, temperature
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig, interleave
 from llmlib.pretrained_weights import (
     GGUF,
     GPT2_REVISIONS,
+    Int8Linear,
     SmolLM2Tokenizer,
     chat_text,
     dequantize_q4_1,
@@ -37,7 +38,7 @@ from llmlib.pretrained_weights import (
     load_gguf,
     load_gpt2,
     load_llama,
-    load_smollm2,
+    quantize,
     save_pretrained,
 )
 from llmlib.tokenization import gpt2_tokenizer, train_bpe
@@ -70,8 +71,13 @@ SMALL = dict(vocab_size=31, max_seq_len=16, d_model=24, n_layers=2, n_heads=4)
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    return load_smollm2()
+def file():
+    return GGUF(resources.path("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def smollm2(file):
+    return load_gguf(file), gguf_tokenizer(file)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +123,14 @@ def test_dequantizers_equal_gguf_bit_for_bit(data):
         assert (np.isnan(found) == np.isnan(expected)).all()
 
 
-def test_smollm2_metadata_and_tensors_equal_gguf(reader):
-    file = GGUF(resources.path("smollm2"))
+def test_smollm2_metadata_and_tensors_equal_gguf(file, reader):
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert file.metadata.keys() == fields.keys()
     for key, value in fields.items():
         found = file.metadata[key]
         assert (found.tolist() if isinstance(found, memoryview) else found) == value
     assert list(file.places) == [tensor.name for tensor in reader.tensors]
-    for tensor in reader.tensors[:30] + reader.tensors[-10:]:
+    for tensor in reader.tensors[:12]:  # the token table, and a block and more
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         found = file.tensor(tensor.name)
         assert torch.equal(found.view(torch.int32), torch.from_numpy(expected.copy()).view(torch.int32))
@@ -438,8 +443,9 @@ def test_gguf_settings_of_any_kind(tiny, data):
 # ---- SmolLM2 ----
 
 
-def test_smollm2_predicts_and_continues_as_in_transformers(smollm2):
+def test_smollm2_predicts_and_continues_as_in_transformers(smollm2, reader, monkeypatch):
     model, tokenizer = smollm2
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader)  # which takes seconds, and transformers two
     path = resources.path("smollm2")
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     ids, padding = pad_left([tokenizer.encode(prompt) for prompt in PROMPTS], pad_id=0)
@@ -559,16 +565,12 @@ messages = st.lists(st.fixed_dictionaries({"role": roles, "content": any_text | 
 
 @settings(deadline=None)
 @given(messages, st.booleans())
-def test_chat_text_equals_the_template_of_the_file(smollm2_template, conversation, reply):
+def test_chat_text_equals_the_template_of_the_file(file, conversation, reply):
+    template = file.metadata["tokenizer.chat_template"]
     (expected,), _ = render_jinja_template(
-        conversations=[conversation], chat_template=smollm2_template, add_generation_prompt=reply
+        conversations=[conversation], chat_template=template, add_generation_prompt=reply
     )
     assert chat_text(conversation, reply=reply) == expected
-
-
-@pytest.fixture(scope="module")
-def smollm2_template():
-    return GGUF(resources.path("smollm2")).metadata["tokenizer.chat_template"]
 
 
 def test_chat_text_of_something_else():
@@ -842,3 +844,91 @@ def saved(request, tmp_path_factory):
 def test_saved_tokenizer_gives_the_same_ids(saved, string):
     ours, theirs = saved
     assert theirs.encode(string) == ours.encode(string, allowed_special="all")
+
+
+# ---- weights in 8 bits ----
+
+# Widths of whole blocks of 16 numbers, for which there is a product of its own, and others.
+WIDTHS = [(16, 1), (48, 31), (576, 192), (1, 1), (20, 7), (24, 33)]
+
+
+def layer_in_8_bits(d_in, d_out, bias=True):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(d_in, d_out, bias=bias)
+    with torch.no_grad():
+        layer.weight *= torch.logspace(-20, 20, d_out)[:, None]  # rows of all sizes
+    return layer, Int8Linear(layer)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), WIDTHS)
+def test_weights_in_8_bits_are_off_by_half_a_step_at_most(d_in, d_out):
+    layer, small = layer_in_8_bits(d_in, d_out)
+    assert small.q.dtype == torch.int8 and small.q.abs().amax(dim=1).eq(127).all()
+    step = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((small.weight - layer.weight).abs() <= 0.502 * step).all()  # the scale has 8 bits itself
+    layer.weight = torch.nn.Parameter(small.weight)
+    assert torch.equal(Int8Linear(layer).q, small.q) and torch.equal(Int8Linear(layer).weight, small.weight)
+
+
+def test_row_of_zeros_in_8_bits_stays_one():
+    layer = torch.nn.Linear(32, 2)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    small = Int8Linear(layer)
+    assert small.scale.gt(0).all()
+    assert torch.equal(small.weight[0], torch.zeros(32)) and torch.equal(
+        small(torch.ones(32))[0], layer.bias[0]
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("d_in", "d_out"), WIDTHS)
+@torch.no_grad()
+def test_layer_in_8_bits_multiplies_as_its_weights_do(d_in, d_out, bias):
+    _, small = layer_in_8_bits(d_in, d_out, bias)
+    size = small.weight.norm(dim=1) + 1
+    for shape in [(), (0,), (1,), (3,), (2, 8), (17,), (2, 50)]:
+        x = torch.randn(*shape, d_in)
+        expected = torch.nn.functional.linear(x, small.weight, small.bias)
+        error = (small(x) - expected) / size
+        assert error.shape == expected.shape and (error.abs() < 0.02).all()
+    for x in (torch.randn(1, d_in), torch.randn(17, d_in)):
+        assert small.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_layer_in_8_bits_takes_numbers_from_any_place():
+    _, small = layer_in_8_bits(48, 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 200).to(dtype)
+        for start in range(33):
+            piece = x[:, start : start + 48]
+            assert torch.equal(small(piece), small(piece.clone()))
+        turned = torch.randn(48, 3).to(dtype).T
+        assert torch.equal(small(turned), small(turned.contiguous()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTConfig(**SMALL | dict(d_model=32)),
+        GPTConfig(**SMALL),
+        LlamaConfig(**SMALL | dict(d_model=64), n_kv_heads=2),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{config.d_model}",
+)
+@torch.no_grad()
+def test_model_in_8_bits_is_near_and_writes(config):
+    model = random_model(config).eval()
+    small = quantize(model)
+    kinds = {type(module) for module in small.modules()}
+    assert Int8Linear in kinds and torch.nn.Linear not in kinds
+    ids = torch.randint(31, (2, 8))
+    expected = logits(for_inference(model), ids)
+    assert ((logits(small, ids) - expected).norm() / expected.norm()).item() < 0.05
+    written = generate(small, ids[:1], 8, [temperature(0.0)])
+    # Each token is the one that all of the text together makes likeliest, or as good as that.
+    found = logits(small, written)[0, 7:-1]
+    chosen = found.gather(1, written[0, 8:, None]).squeeze(1)
+    assert (found.amax(dim=1) - chosen < 0.1 * found.std(dim=1)).all()
+    assert small.loss(ids, ids).isfinite()
