@@ -243,7 +243,7 @@ def generate(
 def stream_text(
     model: GPT,
     tokenizer: BPETokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     n_tokens: int,
     strategies: Sequence[Strategy] = (),
     *,
@@ -254,10 +254,11 @@ def stream_text(
     """Yield the text of up to `n_tokens` new tokens, piece by piece, without the token that stops it.
 
     A token may end within a character: its bytes wait until the rest has come. Bytes that are no UTF-8 become
-    U+FFFD, as in `tokenizer.decode`. `allowed_special` is for the prompt: see `tokenizer.encode`.
+    U+FFFD, as in `tokenizer.decode`. The prompt is a text, in which `allowed_special` counts as in
+    `tokenizer.encode`, or its tokens.
     """
-    ids = torch.tensor([tokenizer.encode(prompt, allowed_special)], dtype=torch.int64)
-    ids = ids.to(model.lm_head.weight.device)
+    tokens = tokenizer.encode(prompt, allowed_special) if isinstance(prompt, str) else prompt
+    ids = torch.tensor([[*tokens]], dtype=torch.int64, device=model.lm_head.weight.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in stream(model, ids, n_tokens, strategies, stop_ids=stop_ids, generator=generator):
         if token.item() in stop_ids:

@@ -400,8 +400,8 @@ def save_pretrained(model: GPT, path: str | os.PathLike, tokenizer: BPETokenizer
 class Int8Linear(nn.Module):
     """Keep a layer's weights as whole numbers from −127 to 127, with a scale for each row.
 
-    Up to 16 vectors at once, on a CPU, meet the whole numbers, in bfloat16: most of the time of writing is
-    the way of the weights from memory, and these are a quarter of float32. More vectors meet `weight`.
+    Most of the time of writing is the way of the weights from memory, and these are a quarter of float32. The
+    product with up to 16 vectors is in bfloat16, with more in the type of the vectors.
     Dettmers et al. 2022, section 2.1, arXiv:2208.07339, who round the vectors as well.
     """
 
@@ -422,12 +422,14 @@ class Int8Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B N"]:
         rows = x.reshape(-1, self.q.shape[1])  # (R, C)
         # PyTorch's product reads 16 numbers at a time, from even places, without a look at where they end:
-        # other widths and places crash.
-        if len(rows) > 16 or rows.shape[1] % 16 or x.device.type != "cpu":
-            return F.linear(x, self.weight.to(x.dtype), self.bias)
-        rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
-        y = torch._weight_int8pack_mm(rows, self.q, self.scale.bfloat16())  # (R, N)
-        y = y.to(x.dtype).view(*x.shape[:-1], len(self.q))
+        # other widths and places crash. On Windows it is slow.
+        if len(rows) > 16 or rows.shape[1] % 16 or x.device.type != "cpu" or os.name == "nt":
+            parts = [F.linear(x, q.to(x.dtype)) for q in self.q.split(1024)]  # which fit into a CPU's cache
+            y = torch.cat(parts, dim=-1) * self.scale  # (B, N)
+        else:
+            rows = rows.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
+            y = torch._weight_int8pack_mm(rows, self.q, self.scale.bfloat16())  # (R, N)
+            y = y.to(x.dtype).view(*x.shape[:-1], len(self.q))  # (B, N)
         return y if self.bias is None else y + self.bias
 
 
