@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from llmlib.attention import MultiHeadAttention, Positions
@@ -98,6 +98,20 @@ class GroupedQueryAttention(MultiHeadAttention):
             )
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.d_head, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.d_head, bias=bias)
+
+    def attend(
+        self,
+        q: Float[Tensor, "*B H T D"],
+        k: Float[Tensor, "*B K S D"],
+        v: Float[Tensor, "*B K S D"],
+        mask: Bool[Tensor, "*#B #T S"] | None = None,
+        *,
+        causal: bool = True,
+    ) -> Float[Tensor, "*B T C"]:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] == k.shape[-2] <= 512:
+            # For the way that is faster there, which takes as many keys as queries: a copy for each head.
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+        return super().attend(q, k, v, mask, causal=causal)
 
 
 @dataclass(frozen=True, kw_only=True)
