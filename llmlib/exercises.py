@@ -795,6 +795,37 @@ def quantize_q4_1() -> Iterator[Case]:
         yield (weights,), block_of(weights)
 
 
+# Chapter 13: Classification finetuning
+
+
+@exercise
+def shared_shingles() -> Iterator[Case]:
+    yield ("abcde", "abcxe", 3), 1 / 5  # abc, bcd, cde; abc, bcx, cxe
+    yield ("aaaaaa", "aaaa", 2), 1.0  # sets: a shingle counts once
+    yield ("WIN now", "win NOW", 3), 1.0
+    yield ("ab", "ab", 5), 1.0  # shorter than a shingle: the whole text is one
+    yield ("ab", "abc", 5), 0.0
+    yield ("abcdef", "xyz", 3), 0.0
+
+
+@exercise
+def last_states() -> Iterator[Case]:
+    draws = torch.Generator().manual_seed(0)
+    for lengths in ([3, 1, 2], [4, 4], [1], [2, 5, 5, 1]):
+        x = torch.randn(len(lengths), max(lengths) + 1, 3, generator=draws)
+        yield (x, torch.tensor(lengths)), torch.stack([x[i, n - 1] for i, n in enumerate(lengths)])
+
+
+@exercise
+def threshold_for() -> Iterator[Case]:
+    yield ([0.1, 0.4, 0.6, 0.9], [False, False, True, True], 0.0), 0.6
+    yield ([0.1, 0.7, 0.6, 0.9], [False, False, True, True], 0.0), 0.9
+    yield ([0.1, 0.7, 0.6, 0.9], [False, False, True, True], 0.5), 0.6
+    yield ([0.2, 0.2, 0.8], [True, False, True], 0.0), 0.8  # a ham message at the threshold is stopped too
+    yield ([0.9, 0.3], [False, True], 0.0), math.inf  # whatever stops spam stops ham
+    yield ([0.05, 0.3, 0.5, 0.6, 0.55, 0.97], [False, False, False, False, True, True], 0.25), 0.55
+
+
 # Chapter 14: Instruction finetuning
 
 

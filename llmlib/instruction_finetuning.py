@@ -7,7 +7,7 @@ import copy
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llmlib import resources
-from llmlib.data import IGNORE_INDEX, BatchOrder
+from llmlib.classification_finetuning import ByLength
+from llmlib.data import IGNORE_INDEX
 from llmlib.evaluation import log_likelihoods
 from llmlib.generation import Strategy, for_inference, generate, pad_left, stream_text, temperature
 from llmlib.gpt import GPT, compute_dtype
@@ -138,29 +139,6 @@ class ExampleRows(Dataset):
         self, index: Integer[np.ndarray, " B"]
     ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B T"]]:
         return collate([self.examples[i] for i in index], self.pad_id, mask_prompt=self.mask_prompt)
-
-
-@dataclass(eq=False)
-class ByLength(BatchOrder):
-    """Yield batches of about one length, in an order that is a function of the seed and the epoch.
-
-    Shuffled numbers are sorted by length, `n_batches` at a time, cut into batches, and these shuffled again.
-    """
-
-    lengths: Integer[np.ndarray, " N"] = field(kw_only=True)
-    n_batches: int = field(default=16, kw_only=True)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        epoch, n_seen = divmod(self.start, len(self))
-        self.start = (epoch + 1) * len(self)
-        order, random = np.arange(self.n_windows), np.random.default_rng([self.seed, epoch])
-        if self.shuffle:
-            order = random.permutation(order)
-        pools = np.split(order, range(0, len(order), self.n_batches * self.batch_size)[1:])
-        order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
-        starts = np.arange(len(self)) * self.batch_size
-        for start in (random.permutation(starts) if self.shuffle else starts)[n_seen:]:
-            yield order[start : start + self.batch_size]
 
 
 def make_example_loader(

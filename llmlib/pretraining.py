@@ -105,7 +105,7 @@ class MuonConfig(TrainingConfig):
 
 
 def train(
-    model: GPT,
+    model: nn.Module,
     loader: DataLoader | Recall,
     config: TrainingConfig,
     *,
@@ -115,6 +115,8 @@ def train(
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` on the batches of `loader`, made by `make_loader`; return the log, a row for each step.
+
+    Any module will do that has a method `loss(ids, targets)`, as `GPT` has.
 
     A row holds the tokens so far, the learning rate, the loss in nats, the length of the gradient, the
     seconds so far, and at every evaluation the validation loss. With a `folder`, a run that was stopped goes
@@ -159,7 +161,7 @@ def train(
 
 
 def accumulate_gradients(
-    model: GPT, batches: Iterator[tuple[Tensor, Tensor]], n_batches: int
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n_batches: int
 ) -> tuple[float, int]:
     """Add up the gradients of the mean loss of `n_batches` batches; return that loss, and the tokens read."""
     loss, n_tokens = 0.0, 0
@@ -173,7 +175,7 @@ def accumulate_gradients(
 
 
 @torch.no_grad()
-def evaluate(model: GPT, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the mean loss in nats over all targets of `loader`, without dropout."""
     was_training, total, n_targets = model.training, 0.0, 0
     model.eval()
