@@ -69,6 +69,8 @@ class TrainingConfig:
         for name in ("n_steps", "n_accumulate", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.n_warmup <= self.n_steps:
             raise ValueError(f"n_warmup={self.n_warmup} must lie between 0 and n_steps={self.n_steps}")
 
@@ -114,14 +116,16 @@ def train(
     watchers: Sequence[Watcher] = (),
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Train `model` on the batches of `loader`, made by `make_loader`; return the log, a row for each step.
+    """Train `model` on the batches of `loader`; return the log, a row for each step.
 
-    Any module will do that has a method `loss(ids, targets)`, as `GPT` has.
+    The loader is one of `make_loader` or `make_document_loader`. Any module will do that has a method
+    `loss(ids, targets)`, as `GPT` has; with a `folder`, it needs a dataclass `config` too, to be saved.
 
-    A row holds the tokens so far, the learning rate, the loss in nats, the length of the gradient, the
-    seconds so far, and at every evaluation the validation loss. With a `folder`, a run that was stopped goes
-    on from its last checkpoint, and repeats bit for bit what it would have done. FloatingPointError where
-    loss or gradient are no longer finite; the weights are then still those of the step before.
+    A row holds the tokens so far, padding among them, the learning rate, the loss in nats, the length of the
+    gradient, the seconds so far, and at every evaluation the validation loss. With a `folder`, a run that was
+    stopped goes on from its last checkpoint, and on a CPU repeats bit for bit what it would have done.
+    FloatingPointError where loss or gradient are no longer finite; the weights are then still those of the
+    step before.
     """
     optimizer = config.optimizer(model)
     highest = [group["lr"] for group in optimizer.param_groups]
@@ -181,12 +185,16 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float
     model.eval()
     for ids, targets in loader:
         n = int((targets != IGNORE_INDEX).sum())
+        if n == 0:  # the mean of no target is nan
+            continue
         with autocast(model):
             total += model.loss(ids.to(_device(model)), targets.to(_device(model))).item() * n
         n_targets += n
     model.train(was_training)
     if n_targets == 0:
-        raise ValueError("no target to evaluate: the loader gave 0 batches, give it a longer text")
+        raise ValueError(
+            "no target to evaluate: the loader gave 0 batches, or padding alone; give it a longer text"
+        )
     return total / n_targets
 
 
@@ -226,9 +234,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Float[Tensor, "R C"], n_steps: int = 5) -> Float[Tensor, "R C"]:
-    """Bring all singular values of a matrix near 1 (0.7 to 1.2), and keep its singular vectors.
+    """Bring the singular values of a matrix near 1 (0.7 to 1.2), and keep its singular vectors.
 
     Each step sends a singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵ (Newton–Schulz), by products alone.
+    Values below about 0.002 of the norm of the matrix need more than five steps, and stay smaller.
     Jordan et al. 2024.
     """
     if x.shape[0] > x.shape[1]:  # the products are smaller on the short side
@@ -561,7 +570,11 @@ def _report(model: GPT, log: pd.DataFrame) -> None:
 
 
 def _remember(options: argparse.Namespace) -> None:
-    """Write the options down, or hold a run that goes on to those of its beginning."""
+    """Write the options down, or hold a run that goes on to those of its beginning.
+
+    Only the learning rate may change, for a run that has come apart. Before the first checkpoint there is no
+    run to go on with: a command that failed can be corrected, and begins anew.
+    """
     settings = {name: str(value) for name, value in sorted(vars(options).items()) if name != "out"}
     path = options.out / "settings.json"
     if path.exists():
@@ -569,13 +582,15 @@ def _remember(options: argparse.Namespace) -> None:
         changed = [
             f"{name} was {before.get(name)}, is {settings[name]}"
             for name in settings
-            if before.get(name) != settings[name]
+            if before.get(name) != settings[name] and name != "lr"
         ]
-        if changed:
+        if not changed:
+            return
+        if last_checkpoint(options.out / "checkpoints"):
             raise ValueError(
                 f"{options.out} holds a run with other settings ({'; '.join(changed)}): give another --out"
             )
-        return
+        (options.out / "validation.npy").unlink(missing_ok=True)  # its tokens are made anew: see _tokens
     options.out.mkdir(parents=True, exist_ok=True)
     with write_beside(path) as new:
         new.write_text(json.dumps(settings, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 import math
 import multiprocessing
 import random
+import re
 import sys
 import time
 from dataclasses import replace
@@ -213,6 +214,14 @@ def test_evaluation_weighs_batches_by_their_targets_and_leaves_no_trace():
     assert not model.training and evaluate(model.train(), batches) == loss and model.training
 
 
+def test_a_batch_of_padding_alone_is_not_evaluated():
+    model, (ids, targets) = tiny().eval(), torch.randint(11, (2, 3, 8))
+    padding = (ids, torch.full_like(ids, -100))
+    assert evaluate(model, [padding, (ids, targets)]) == evaluate(model, [(ids, targets)])
+    with pytest.raises(ValueError, match="padding alone"):
+        evaluate(model, [padding])
+
+
 def test_evaluating_nothing_is_an_error():
     with pytest.raises(ValueError, match="0 batches"):
         evaluate(tiny(), [])
@@ -248,6 +257,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     [
         (dict(n_steps=0), "n_steps must be at least 1, got 0"),
         (dict(n_accumulate=0), "n_accumulate must be at least 1, got 0"),
+        (dict(lr=0.0), "lr must be above 0, got 0.0"),
+        (dict(lr=math.nan), "lr must be above 0, got nan"),
         (dict(n_warmup=13), "n_warmup=13 must lie between 0 and n_steps=12"),
     ],
 )
@@ -259,6 +270,19 @@ def test_settings_that_make_no_sense(wrong, message):
 def test_precision_says_what_and_why():
     dtype, reason = precision()
     assert dtype in (torch.bfloat16, torch.float32) and reason.startswith(str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    ("built_in", "expected", "reason"),
+    [
+        ({}, torch.float32, "float32: this cpu has no bfloat16 instructions"),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16, r"hardware \(avx512_bf16\)"),
+    ],
+)
+def test_precision_asks_the_cpu(monkeypatch, built_in, expected, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: built_in)
+    dtype, why = precision()
+    assert dtype == expected and re.search(reason, why)
 
 
 # Checkpoints
@@ -500,6 +524,20 @@ def test_a_run_keeps_its_settings(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--tales", "31")
     assert "tales was 30, is 31" in capsys.readouterr().err
+    run(tmp_path, "--tales", "30", "--lr", "1e-4")  # a run that came apart goes on with a smaller rate
+
+
+def test_a_command_that_failed_can_be_corrected(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "missing.txt")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--tales", "30", "--lr", "0")  # fails when its tokens are on disk
+    run(tmp_path, "--tales", "40")
+    saved = BPETokenizer.load(tmp_path / "out" / "tokenizer.json")
+    held_out = open_tokens(tmp_path / "out" / "validation.npy").tolist()
+    told = tales.tales(40, seed=0)
+    assert all(story in told for story in saved.decode(held_out).split("<|endoftext|>")[:-1])
+    assert "held-out loss" in capsys.readouterr().out
 
 
 def test_tensorboard_is_asked_for(monkeypatch, tmp_path):
