@@ -262,7 +262,10 @@ def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge(model: GPT) -> GPT:
-    """Return the model with its adapters added into its weights: equal but for rounding, and faster."""
+    """Return the model with its adapters added into its weights: equal but for rounding, and faster.
+
+    The weights without an adapter are shared with `model`, which stays as it is.
+    """
     merged = _share(model)
     for name, layer in _adapters(merged).items():
         parent, _, leaf = name.rpartition(".")
@@ -296,12 +299,12 @@ def load_adapter(model: GPT, path: str | os.PathLike) -> GPT:
         with safetensors.safe_open(path, framework="pt") as file:
             alpha = json.loads((file.metadata() or {})["alpha"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        ranks = {name.removesuffix(".a"): len(a) for name, a in tensors.items() if name.endswith(".a")}
+        sizes = {name: (len(tensors[f"{name}.b"]), tensors[f"{name}.a"].shape[1]) for name in ranks}
     except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole file of save_adapter ({error}): save it again") from error
-    ranks = {name.removesuffix(".a"): len(a) for name, a in tensors.items() if name.endswith(".a")}
     linears = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in ranks:
-        made_for = (len(tensors[f"{name}.b"]), tensors[f"{name}.a"].shape[1])
+    for name, made_for in sizes.items():
         if linears.get(name) != made_for:
             here = tuple(linears.get(name, ())) or "no such layer"
             raise ValueError(
@@ -329,8 +332,8 @@ def score(
 ) -> pd.DataFrame:
     """Return a row for each instruction: how likely is its reference answer, and would it be written?
 
-    "nats a token" is −log p of the reference, with the token that ends it, over its tokens. It is "exact"
-    where each of them is the likeliest: greedy decoding then writes it, and nothing else.
+    "tokens" counts the reference's, with the one that ends it; "nats a token" is its −log p over them. It is
+    "exact" where each of them is the likeliest: greedy decoding then writes it, and nothing else.
     """
     examples = [chat_example(tokenizer, entry, system) for entry in entries]
     with autocast(model):
@@ -354,13 +357,13 @@ def answer(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[str]:
-    """Return the likeliest answer to each prompt, token by token, up to a special token or `n_tokens`."""
-    stop_ids = list(tokenizer.special_tokens.values())
+    """Return the text that greedy decoding writes after each prompt, up to a special token or `n_tokens`."""
+    stop_ids, device = list(tokenizer.special_tokens.values()), model.lm_head.weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), leave=False, disable=not progress):
         some = order[start : start + batch_size]
-        ids, padding = pad_left([prompts[i] for i in some], stop_ids[0])
+        ids, padding = (t.to(device) for t in pad_left([prompts[i] for i in some], stop_ids[0]))
         written = generate(model, ids, n_tokens, [temperature(0.0)], stop_ids=stop_ids, padding=padding)
         for i, new in zip(some, written[:, ids.shape[1] :].tolist(), strict=True):
             end = next((at for at, token in enumerate(new) if token in stop_ids), len(new))

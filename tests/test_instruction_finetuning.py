@@ -258,6 +258,19 @@ def test_gradients_equal_those_of_the_plain_formula():
     torch.testing.assert_close(found, torch.autograd.grad(plain(x, a, b), (x, a, b), out))
 
 
+def test_under_autocast_a_layer_computes_in_bfloat16_and_its_gradients_stay_near():
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(6, 4), rank=2, alpha=3.0), torch.randn(5, 6, requires_grad=True)
+    nn.init.normal_(layer.b)
+    leaves, plain = (x, layer.a, layer.b), layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), plain, atol=0.1, rtol=0.05)
+    found = torch.autograd.grad(y.float().sum(), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), leaves), atol=0.1, rtol=0.05)
+
+
 def test_only_the_adapters_train():
     model = make_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -381,6 +394,10 @@ def test_adapters_that_cannot_be_saved_or_loaded(tmp_path):
         load_adapter(make_model(), path)
     with pytest.raises(ValueError, match="is not a whole file of save_adapter"):
         instruction_finetuning.save_file({"x": torch.zeros(1)}, path)
+        load_adapter(make_model(), path)
+    half = {"blocks.0.attn.q_proj.a": torch.zeros(2, 32)}
+    instruction_finetuning.save_file(half, path, metadata={"alpha": "4.0"})
+    with pytest.raises(ValueError, match=r"is not a whole file of save_adapter \('blocks.*q_proj\.b'\)"):
         load_adapter(make_model(), path)
 
 
