@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from llmlib.gpt import GPT
 from llmlib.pretraining import END, TrainingConfig, autocast, train
 from llmlib.tokenization import BPETokenizer
 
-SETTINGS = ("labels", "first_block", "pool", "template", "max_tokens")
+SETTINGS = ("labels", "n_blocks", "first_block", "pool", "template", "max_tokens")
 
 # ------------------------------------------------------------------------------ messages
 
@@ -131,10 +131,12 @@ class Answer(NamedTuple):
 class Classifier(nn.Module):
     """Sort texts by a linear head on the state of the last token, the only one that has read all others.
 
-    It shares the frozen weights of `model`, which stays as it is; the blocks from `first_block` on (none,
-    unless given) and the last norm are copies, to be trained. A text is put into `template`, encoded after an
+    The head stands above the first `n_blocks` blocks of `model` (all, unless given). The classifier shares
+    the frozen weights of `model`, which stays as it is; the blocks from `first_block` on (none, unless
+    given) and the last norm are copies, to be trained. A text is put into `template`, encoded after an
     end token, and cut to `max_tokens` (200, unless given). With `pool="mean"` the head reads the mean of all
-    states in place of the last. Radford et al. 2018 (GPT), section 3.2.
+    states in place of the last. What the head reads has mean 0 and deviation 1 over the texts that it was
+    first trained on. Radford et al. 2018 (GPT), section 3.2.
     """
 
     def __init__(
@@ -143,16 +145,21 @@ class Classifier(nn.Module):
         tokenizer: BPETokenizer,
         labels: Sequence[str],
         *,
+        n_blocks: int | None = None,
         first_block: int | None = None,
         pool: str = "last",
         template: str = "{}",
         max_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        n_blocks = len(model.blocks)
-        self.first_block = n_blocks if first_block is None else first_block
-        if not 0 <= self.first_block <= n_blocks:
-            raise ValueError(f"first_block={first_block} must be from 0 to {n_blocks}, where none is trained")
+        self.n_blocks = len(model.blocks) if n_blocks is None else n_blocks
+        if not 0 <= self.n_blocks <= len(model.blocks):
+            raise ValueError(f"n_blocks={n_blocks} must be from 0 to {len(model.blocks)}, as the model has")
+        self.first_block = self.n_blocks if first_block is None else first_block
+        if not 0 <= self.first_block <= self.n_blocks:
+            raise ValueError(
+                f"first_block={first_block} must be from 0 to {self.n_blocks}, where none is trained"
+            )
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"labels={list(labels)} must be at least 2 different ones")
         if pool not in ("last", "mean"):
@@ -170,8 +177,11 @@ class Classifier(nn.Module):
             )
         self.embeddings = _share(model.embeddings)
         self.frozen = nn.ModuleList(_share(block) for block in model.blocks[: self.first_block])
-        self.trained = nn.ModuleList(copy.deepcopy(block) for block in model.blocks[self.first_block :])
+        trained = model.blocks[self.first_block : self.n_blocks]
+        self.trained = nn.ModuleList(copy.deepcopy(block) for block in trained)
         self.final_norm = copy.deepcopy(model.final_norm)
+        self.register_buffer("mean", torch.zeros(model.config.d_model))
+        self.register_buffer("deviation", torch.ones(model.config.d_model))
         self.head = nn.Linear(model.config.d_model, len(labels))
         nn.init.zeros_(self.head.weight)  # no opinion: both labels are equally likely at the start
         nn.init.zeros_(self.head.bias)
@@ -194,20 +204,23 @@ class Classifier(nn.Module):
                 x = block(x)
         return x
 
-    def decide(self, x: Float[Tensor, "B T C"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B K"]:
-        """Return the logits of the labels from such states; `last` is the place of each text's last token.
+    def features(self, x: Float[Tensor, "B T C"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B C"]:
+        """Return one vector a text from such states; `last` is the place of each text's last token.
 
         Padding stands to the right of it, where causal attention doesn't look.
         """
         for block in self.trained:
             x = block(x)
         if self.pool == "last":
-            x = self.final_norm(x[torch.arange(len(x), device=x.device), last]).float()  # (B, C)
-        else:
-            inside = torch.arange(x.shape[1], device=x.device) <= last[:, None]  # (B, T)
-            x = (self.final_norm(x).float() * inside[..., None]).sum(dim=1) / inside.sum(dim=1, keepdim=True)
+            return self.final_norm(x[torch.arange(len(x), device=x.device), last]).float()
+        inside = torch.arange(x.shape[1], device=x.device) <= last[:, None]  # (B, T)
+        return (self.final_norm(x).float() * inside[..., None]).sum(dim=1) / inside.sum(dim=1, keepdim=True)
+
+    def decide(self, x: Float[Tensor, "B T C"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B K"]:
+        """Return the logits of the labels from the states that `read` returns."""
+        x = self.features(x, last)  # (B, C)
         with torch.autocast(x.device.type, enabled=False):  # so few products may be exact
-            return self.head(x)  # (B, K)
+            return self.head((x - self.mean) / self.deviation)  # (B, K)
 
     def forward(self, ids: Int64[Tensor, "B T"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B K"]:
         return self.decide(self.read(ids), last)
@@ -334,19 +347,36 @@ def _numbers(classifier: Classifier, messages: Sequence[Message] | Sequence[str]
     return torch.tensor([classifier.labels.index(label) for label in labels])
 
 
-@torch.no_grad()
 def predict(classifier: Classifier, states: States) -> Float[Tensor, "M K"]:
     """Return the logits of the labels of all texts, in their order."""
-    was_training = classifier.training
+    return _each(classifier, classifier.decide, states)
+
+
+def standardize(classifier: Classifier, states: States) -> None:
+    """Let each number that the head reads have mean 0 and deviation 1 over these texts.
+
+    Some of a language model's numbers are a hundred times larger than others: a head learns slowly from such.
+    """
+    features = _each(classifier, classifier.features, states)  # (M, C)
+    classifier.mean.copy_(features.mean(dim=0))
+    classifier.deviation.copy_(features.std(dim=0, correction=0).clamp(min=1e-6))
+
+
+@torch.no_grad()
+def _each(
+    classifier: Classifier, function: Callable[[Tensor, Tensor], Tensor], states: States
+) -> Float[Tensor, "M _"]:
+    """Return `function` of the states of each text, a row each."""
+    was_training, rows_of_text = classifier.training, [None] * len(states)
     classifier.eval()
-    logits = torch.empty(len(states), len(classifier.labels))
     with autocast(classifier):
         for some in states.lengths.argsort(stable=True).split(32):
             rows, _ = states[some.numpy()]
-            x = states.table[rows].float()  # (B, T, C)
-            logits[some] = classifier.decide(x, states.lengths[some] - 1).cpu()
+            results = function(states.table[rows].float(), states.lengths[some] - 1).cpu()
+            for i, result in zip(some.tolist(), results, strict=True):
+                rows_of_text[i] = result
     classifier.train(was_training)
-    return logits
+    return torch.stack(rows_of_text)
 
 
 # ------------------------------------------------------------------------------ training
@@ -371,7 +401,7 @@ class FinetuningConfig(TrainingConfig):
         )
 
 
-class _OnStates(GPT):
+class OnStates(GPT):
     """Look like a language model to `train`: "tokens" are the rows of a table of states."""
 
     def __init__(self, classifier: Classifier, table: Float[Tensor, "N C"]) -> None:
@@ -410,8 +440,36 @@ def finetune(
         return DataLoader(some, sampler=order, batch_size=None, generator=torch.Generator())
 
     held_out = None if validation is None else loader(validation, False)
-    model = _OnStates(classifier, states.table)
+    if (
+        not classifier.head.weight.any()
+    ):  # not where training goes on: what was learned would mean another thing
+        standardize(classifier, states)
+    model = OnStates(classifier, states.table)
     return train(model, loader(states, True), config, validation=held_out, progress=progress)
+
+
+def fit_head(classifier: Classifier, states: States, pull: float = 0.02) -> None:
+    """Find the best head for labelled states, all else left as it is: logistic regression, in a second.
+
+    The mean loss in nats, plus `pull` × the sum of the squared weights, has one lowest point, which L-BFGS
+    finds from any start. ValueError where there are no labels.
+    """
+    if states.labels is None:
+        raise ValueError(f"the {len(states)} texts have no labels: make their states from messages")
+    standardize(classifier, states)
+    head, device = classifier.head, classifier.mean.device
+    x = _each(classifier, classifier.features, states).to(device)  # (M, C)
+    x, labels = (x - classifier.mean) / classifier.deviation, states.labels.to(device)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Float[Tensor, ""]:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), labels) + pull * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
 
 
 # ------------------------------------------------------------------------------ files
@@ -451,5 +509,6 @@ def load_classifier(path: str | os.PathLike, model: GPT, tokenizer: BPETokenizer
     return classifier.eval()
 
 
-def _learned(classifier: Classifier) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+def _learned(classifier: Classifier) -> dict[str, Tensor]:
+    trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+    return trained | {"mean": classifier.mean, "deviation": classifier.deviation}

@@ -16,6 +16,7 @@ from llmlib.classification_finetuning import (
     balance,
     deduplicate,
     finetune,
+    fit_head,
     frozen_states,
     load_classifier,
     load_messages,
@@ -257,23 +258,26 @@ def test_states_without_labels_and_of_two_tables_are_refused():
 
 def test_a_saved_classifier_answers_alike_and_holds_only_what_was_learned(tmp_path):
     model = GPT(LlamaConfig(**SIZES)).eval()
-    classifier = make_classifier(model=model, first_block=2, template="see {}", pool="mean", max_tokens=30)
+    classifier = make_classifier(
+        model=model, n_blocks=2, first_block=1, template="see {}", pool="mean", max_tokens=30
+    )
     with torch.no_grad():
         for p in classifier.trained.parameters():
             p.add_(0.1)
     save_classifier(classifier, tmp_path / "spam.safetensors")
     loaded = load_classifier(tmp_path / "spam.safetensors", model, TOKENIZER)
     assert loaded.classify(list(WORDS)) == classifier.classify(list(WORDS))
+    assert torch.equal(loaded.mean, classifier.mean)
     assert (loaded.template, loaded.pool, loaded.max_tokens) == ("see {}", "mean", 30)
     n_block = sum(p.numel() for p in model.blocks[2].parameters())
-    assert (tmp_path / "spam.safetensors").stat().st_size < 4 * (n_block + 32 + 66) + 4000
+    assert (tmp_path / "spam.safetensors").stat().st_size < 4 * (n_block + 3 * 32 + 66) + 4000
     assert [path.name for path in tmp_path.iterdir()] == ["spam.safetensors"]
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     save_classifier(make_classifier(first_block=2), path := tmp_path / "spam.safetensors")
     other = GPT(LlamaConfig(**SIZES | dict(d_model=16)))
-    with pytest.raises(ValueError, match=r"made for another model: final_norm.weight has the shape \(32,\)"):
+    with pytest.raises(ValueError, match=r"made for another model: deviation has the shape \(32,\)"):
         load_classifier(path, other, TOKENIZER)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="not a whole file of save_classifier"):
@@ -282,3 +286,60 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
 
 def test_the_messages_are_here_or_can_be_fetched():
     assert resources.RESOURCES["spam"].licence == "CC BY 4.0"
+
+
+# ---- the head ----
+
+
+def test_the_head_may_stand_above_some_of_the_blocks():
+    model = GPT(LlamaConfig(**SIZES)).eval()
+    short = make_classifier(model=model, n_blocks=1)
+    ids = torch.tensor([short.encode("win a prize")])
+    assert torch.equal(short.read(ids), model.blocks[0](model.embeddings(ids, 0)))
+    with pytest.raises(ValueError, match=r"n_blocks=9 must be from 0 to 3"):
+        make_classifier(n_blocks=9)
+    with pytest.raises(ValueError, match=r"first_block=2 must be from 0 to 1"):
+        make_classifier(n_blocks=1, first_block=2)
+
+
+def test_what_the_head_reads_is_standardized_once():
+    classifier = make_classifier(first_block=1)
+    torch.nn.init.zeros_(classifier.head.weight)
+    states = frozen_states(classifier, MESSAGES)
+    config = FinetuningConfig(n_steps=3, n_warmup=0)
+    finetune(classifier, states, config, progress=False)
+    mean, deviation = classifier.mean.clone(), classifier.deviation.clone()
+    plain = make_classifier(first_block=1)
+    ids = [torch.tensor([plain.encode(message.text)]) for message in MESSAGES]
+    with torch.no_grad():
+        rows = torch.cat(
+            [plain.features(plain.read(some), torch.tensor([some.shape[1] - 1])) for some in ids]
+        )
+    torch.testing.assert_close(mean, rows.mean(dim=0), atol=2e-2, rtol=0)
+    torch.testing.assert_close(deviation, rows.std(dim=0, correction=0), atol=2e-2, rtol=0)
+    finetune(classifier, states, config, progress=False)
+    assert torch.equal(classifier.mean, mean)
+    assert torch.equal(classifier.deviation, deviation)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_the_fitted_head_is_the_best_one(pool):
+    classifier = make_classifier(pool=pool)
+    states = frozen_states(classifier, MESSAGES)
+    fit_head(classifier, states, pull=0.1)
+    found = classifier.head.weight.detach().clone()
+
+    def value() -> float:
+        loss = F.cross_entropy(predict(classifier, states), states.labels)
+        return (loss + 0.1 * classifier.head.weight.square().sum()).item()
+
+    best, draws = value(), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        with torch.no_grad():
+            classifier.head.weight.copy_(found + 0.02 * torch.randn(found.shape, generator=draws))
+        assert value() > best
+    torch.nn.init.normal_(classifier.head.weight)
+    fit_head(classifier, states, pull=0.1)
+    torch.testing.assert_close(classifier.head.weight.detach(), found, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="have no labels"):
+        fit_head(classifier, frozen_states(classifier, ["a text"]))
