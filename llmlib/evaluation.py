@@ -69,12 +69,15 @@ def text_nats(model: GPT, tokenizer: BPETokenizer, text: str, *, window: int | N
     """Return −log p of a text, in nats, as if it stood after an end token.
 
     A text longer than the window (`max_seq_len` tokens unless given) is read window by window, each token
-    predicted once. The windows stand side by side; the last one reaches back, so that it is full.
+    predicted once. The windows stand side by side; the last one reaches back, so that it is full. ValueError
+    on a window below 1.
     """
+    T = model.config.max_seq_len if window is None else window
+    if T < 1:
+        raise ValueError(f"window={T} must be at least 1 token")
     ids = torch.tensor([_end(tokenizer), *tokenizer.encode(text)])
     n_targets = len(ids) - 1
-    windows = _windows(ids, window or model.config.max_seq_len)
-    return evaluate(model, windows) * n_targets if n_targets else 0.0
+    return evaluate(model, _windows(ids, T)) * n_targets if n_targets else 0.0
 
 
 def _windows(ids: Int64[Tensor, " N"], T: int) -> Iterator[tuple[Int64[Tensor, "1 T"], Int64[Tensor, "1 T"]]]:
@@ -117,10 +120,13 @@ class Item:
 def lettered(items: Iterable[Item]) -> list[Item]:
     """List the choices in the prompt, before its last line, and let the model choose among A, B, C, …
 
-    This is MMLU's own way. Hendrycks et al. 2020, figure 1, arXiv:2009.03300.
+    This is MMLU's own way. ValueError on more choices than letters. Hendrycks et al. 2020, figure 1,
+    arXiv:2009.03300.
     """
     changed = []
     for item in items:
+        if len(item.choices) > len(LETTERS):
+            raise ValueError(f"{len(item.choices)} choices, and {len(LETTERS)} letters: leave the item out")
         *before, last = item.prompt.split("\n")
         listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
         prompt = "\n".join([*before, *listed, last])

@@ -93,6 +93,7 @@ class Family:
         self.settings = {theirs: ours for ours, theirs in _columns(_SETTINGS, column)}
 
     def rename(self, name: str) -> str:
+        """Return their name for our weight `name`."""
         for ours, theirs in self.weights.items():
             name = name.replace(ours, theirs)
         return name
@@ -131,13 +132,19 @@ GGUF_LLAMA = Family(
 
 
 def dequantize_q8_0(blocks: UInt8[Tensor, "N 34"]) -> Float32[Tensor, "N 32"]:
-    """Multiply each block's 32 whole numbers from −128 to 127 by its scale, a float16."""
+    """Multiply each block's 32 whole numbers from −128 to 127 by its scale, a float16.
+
+    `block_q8_0` in github.com/ggml-org/ggml, src/ggml-common.h.
+    """
     d, q = blocks.split([2, 32], dim=1)  # (N, 2), (N, 32)
     return q.view(torch.int8) * d.view(torch.float16).float()
 
 
 def dequantize_q4_1(blocks: UInt8[Tensor, "N 20"]) -> Float32[Tensor, "N 32"]:
-    """Multiply each block's 32 whole numbers from 0 to 15 by its scale, and add its minimum, both float16."""
+    """Multiply each block's 32 whole numbers from 0 to 15 by its scale, and add its minimum, both float16.
+
+    `block_q4_1` in github.com/ggml-org/ggml, src/ggml-common.h.
+    """
     d, low, q = blocks.split([2, 2, 16], dim=1)  # (N, 2), (N, 2), (N, 16)
     q = torch.cat([q & 15, q >> 4], dim=1)  # (N, 32): the lower halves of the bytes, then the upper
     return q * d.view(torch.float16).float() + low.view(torch.float16).float()

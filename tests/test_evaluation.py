@@ -123,6 +123,12 @@ def test_a_long_text_is_read_in_windows_the_last_of_which_is_full(model, n_words
     assert text_nats(model, TOKENIZER, text, window=4) == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_without_tokens_is_refused(window):
+    with pytest.raises(ValueError, match=f"window={window} must be at least 1"):
+        text_nats(MODELS["GPT-2"], TOKENIZER, "a text", window=window)
+
+
 def test_texts_without_bytes_and_tokenizers_without_an_end_are_errors():
     with pytest.raises(ValueError, match="0 bytes"):
         bits_per_byte(guesser(), TOKENIZER, [""])
@@ -246,6 +252,12 @@ def test_lettered_choices_stand_before_the_last_line():
     item = Item("Question: Why?\nAnswer:", ("so", "for fun"), (1,))
     expected = Item("Question: Why?\nA. so\nB. for fun\nAnswer:", ("A", "B"), (1,))
     assert lettered([item]) == [expected]
+
+
+def test_more_choices_than_letters_are_refused():
+    item = Item("Which?", tuple(str(i) for i in range(27)), (0,))
+    with pytest.raises(ValueError, match="27 choices, and 26 letters"):
+        lettered([item])
 
 
 def test_examples_stand_solved_before_the_question():
