@@ -441,7 +441,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model: GPT) -> GPT:
-    """Return a copy of `model` that writes faster than that of `for_inference`, from weights in 8 bits.
+    """Return a copy of `model` like that of `for_inference`, with weights in 8 bits: less than half its size.
 
     All layers become `Int8Linear`, the output head too; the token table stays as it is.
     """
