@@ -352,31 +352,30 @@ def predict(classifier: Classifier, states: States) -> Float[Tensor, "M K"]:
     return _each(classifier, classifier.decide, states)
 
 
-def standardize(classifier: Classifier, states: States) -> None:
-    """Let each number that the head reads have mean 0 and deviation 1 over these texts.
+def standardize(classifier: Classifier, states: States) -> Float[Tensor, "M C"]:
+    """Let each number that the head reads have mean 0 and deviation 1 over these texts; return them so.
 
-    Some of a language model's numbers are a hundred times larger than others: a head learns slowly from such.
+    Otherwise a head learns fast from the large numbers, and hardly from the small ones.
     """
     features = _each(classifier, classifier.features, states)  # (M, C)
     classifier.mean.copy_(features.mean(dim=0))
     classifier.deviation.copy_(features.std(dim=0, correction=0).clamp(min=1e-6))
+    return (features.to(classifier.mean.device) - classifier.mean) / classifier.deviation
 
 
 @torch.no_grad()
 def _each(
     classifier: Classifier, function: Callable[[Tensor, Tensor], Tensor], states: States
 ) -> Float[Tensor, "M _"]:
-    """Return `function` of the states of each text, a row each."""
-    was_training, rows_of_text = classifier.training, [None] * len(states)
+    """Return `function` of the states of each text, a row each; texts of like length go together."""
+    was_training, order, results = classifier.training, states.lengths.argsort(stable=True), []
     classifier.eval()
     with autocast(classifier):
-        for some in states.lengths.argsort(stable=True).split(32):
+        for some in order.split(32):
             rows, _ = states[some.numpy()]
-            results = function(states.table[rows].float(), states.lengths[some] - 1).cpu()
-            for i, result in zip(some.tolist(), results, strict=True):
-                rows_of_text[i] = result
+            results.append(function(states.table[rows].float(), states.lengths[some] - 1).cpu())
     classifier.train(was_training)
-    return torch.stack(rows_of_text)
+    return torch.cat(results)[order.argsort()]
 
 
 # ------------------------------------------------------------------------------ training
@@ -401,7 +400,7 @@ class FinetuningConfig(TrainingConfig):
         )
 
 
-class OnStates(GPT):
+class _OnStates(GPT):
     """Look like a language model to `train`: "tokens" are the rows of a table of states."""
 
     def __init__(self, classifier: Classifier, table: Float[Tensor, "N C"]) -> None:
@@ -440,11 +439,9 @@ def finetune(
         return DataLoader(some, sampler=order, batch_size=None, generator=torch.Generator())
 
     held_out = None if validation is None else loader(validation, False)
-    if (
-        not classifier.head.weight.any()
-    ):  # not where training goes on: what was learned would mean another thing
+    if not classifier.head.weight.any():  # a head that has learned would read other numbers than before
         standardize(classifier, states)
-    model = OnStates(classifier, states.table)
+    model = _OnStates(classifier, states.table)
     return train(model, loader(states, True), config, validation=held_out, progress=progress)
 
 
@@ -456,10 +453,8 @@ def fit_head(classifier: Classifier, states: States, pull: float = 0.02) -> None
     """
     if states.labels is None:
         raise ValueError(f"the {len(states)} texts have no labels: make their states from messages")
-    standardize(classifier, states)
-    head, device = classifier.head, classifier.mean.device
-    x = _each(classifier, classifier.features, states).to(device)  # (M, C)
-    x, labels = (x - classifier.mean) / classifier.deviation, states.labels.to(device)
+    x, head = standardize(classifier, states), classifier.head
+    labels = states.labels.to(x.device)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Float[Tensor, ""]:

@@ -8,21 +8,18 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from llmlib.attention import Cache, MultiHeadAttention, Positions
-from llmlib.gpt import GPT, Block, FeedForward
+from llmlib.gpt import GPT
 from llmlib.llama import RotaryPositions, SwiGLU
 from llmlib.tokenization import BPETokenizer
 
 # Turns the logits (B, V) of the next token into others, given the tokens (B, T) so far.
 Strategy = Callable[[Tensor, Tensor], Tensor]
-
-Row = Float32[np.ndarray, " _"]  # the numbers of one token, in NumPy
 
 
 def temperature(t: float) -> Strategy:
@@ -139,18 +136,6 @@ class KVCache:
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v
         self.n_tokens = end
         return self.k[:, :, :end], self.v[:, :, :end]  # (B, K, S, D) each
-
-    def append(
-        self, k: Float32[np.ndarray, "K D"], v: Float32[np.ndarray, "K D"]
-    ) -> tuple[Float32[np.ndarray, "K S D"], Float32[np.ndarray, "K S D"]]:
-        """Do what `update` does for one token of the only row, in NumPy."""
-        start, end = self.n_tokens, self.n_tokens + 1
-        if end > self.max_seq_len or self.k.dtype != torch.float32:
-            k, v = (torch.from_numpy(x)[None, :, None].to(self.k.dtype) for x in (k, v))  # (1, K, 1, D)
-            return tuple(x[0].float().numpy() for x in self.update(k, v))
-        keys, values = self.k.numpy()[0], self.v.numpy()[0]  # which share their memory
-        keys[:, start], values[:, start], self.n_tokens = k, v, end
-        return keys[:, :end], values[:, :end]
 
     def select(self, rows: Int64[Tensor, " N"]) -> None:
         """Go on with these rows, in this order; a row may come twice."""
@@ -406,9 +391,8 @@ def speculative(
 def for_inference(model: GPT) -> GPT:
     """Return a copy of `model` that writes faster, and can't be trained: the same but for rounding.
 
-    Layers that read the same vector become one, the angles of all positions are computed once, for all
-    blocks, and the blocks are `FastBlock`s. Autocast would convert the copy's weights for each token: convert
-    the model before.
+    Layers that read the same vector become one, and the angles of all positions are computed once, for all
+    blocks. Autocast would convert the copy's weights for each token: convert the model before.
     """
     fast = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -416,11 +400,15 @@ def for_inference(model: GPT) -> GPT:
     def turn(*frequencies: float) -> RotaryTable:
         return RotaryTable(torch.tensor(frequencies), fast.config.max_seq_len).to(fast.lm_head.weight)
 
-    for i, block in enumerate(fast.blocks):
-        positions = block.attn.positions
+    for block in fast.blocks:
+        positions, ffn = block.attn.positions, block.ffn
         if isinstance(positions, RotaryPositions):
             positions = turn(*positions.frequencies.tolist())
-        fast.blocks[i] = FastBlock(block, positions)
+        block.attn, block.dropout = FusedAttention(block.attn, positions), nn.Identity()
+        if isinstance(ffn, SwiGLU):
+            block.ffn = FusedSwiGLU(ffn)
+        else:
+            ffn.up_proj, ffn.down_proj = FastLinear(ffn.up_proj), FastLinear(ffn.down_proj)
     fast.lm_head = FastLinear(fast.lm_head)
     return fast
 
@@ -428,18 +416,16 @@ def for_inference(model: GPT) -> GPT:
 class FastLinear(nn.Linear):
     """Make one layer of those that read the same vector: what they return, it returns side by side.
 
-    Writing is one product of all weights with one vector after the other, and takes as long as the weights
-    come from memory. On a CPU, two ways are up to twice as fast as `F.linear`: NumPy's product in float32,
-    with the weights column by column, and oneDNN's in bfloat16, with weights that it laid out itself.
+    The product with one vector is most of the work of writing. On a CPU it is up to twice as fast where the
+    weights lie as it reads them: column by column in float32, in bfloat16 as oneDNN lays them out.
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
         weight = torch.cat([layer.weight for layer in layers])
         super().__init__(*weight.T.shape, bias=layers[0].bias is not None, device="meta")
-        self.columns = self.packed = None
+        self.packed = None
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
             weight = weight.T.contiguous().T
-            self.columns = weight.numpy()  # the same memory
         # These are no public functions of PyTorch: its compiler calls them, and not every build has them.
         elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_packed_products():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
@@ -451,70 +437,15 @@ class FastLinear(nn.Linear):
         return FastLinear(self)  # what oneDNN laid out can't be copied
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B N"]:
-        kinds = {x.dtype, self.weight.dtype}
-        if x.numel() != self.in_features or x.device.type != "cpu" or len(kinds) > 1:
+        one = x.numel() == self.in_features and x.device.type == "cpu" and x.dtype == self.weight.dtype
+        if self.packed is None or not one:
             return F.linear(x, self.weight, self.bias)
-        if x.dtype == torch.float32 and self.columns is not None:
-            y = torch.from_numpy(self.columns @ x.numpy().ravel()).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        if x.dtype == torch.bfloat16 and self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def _has_packed_products() -> bool:
     mkldnn, names = torch.ops.mkldnn, ("_is_mkldnn_bf16_supported", "_linear_pointwise")
     return all(hasattr(mkldnn, name) for name in names) and mkldnn._is_mkldnn_bf16_supported()
-
-
-class FastBlock(Block):
-    """Do what `block` does; for one new token of one text, in NumPy and in float32.
-
-    There a block is some thirty operations on a thousand numbers each, and NumPy begins one in a third of the
-    time that PyTorch needs.
-    """
-
-    def __init__(self, block: Block, positions: Positions) -> None:
-        nn.Module.__init__(self)
-        self.attn_norm, self.ffn_norm, self.dropout = block.attn_norm, block.ffn_norm, nn.Identity()
-        self.norms = [_numbers(norm) for norm in (block.attn_norm, block.ffn_norm)]
-        self.attn = FusedAttention(block.attn, positions)
-        self.ffn = FusedSwiGLU(block.ffn) if isinstance(block.ffn, SwiGLU) else FusedFeedForward(block.ffn)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T C"],
-        cache: Cache | None = None,
-        mask: Bool[Tensor, "#B #T S"] | None = None,
-    ) -> Float[Tensor, "B T C"]:
-        one = x.shape[:2] == (1, 1) and isinstance(cache, KVCache) and mask is None
-        known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        if not (one and known and cache.n_tokens > 0):
-            return super().forward(x, cache, mask)
-        row = x.float().numpy().ravel()  # (C)
-        row = row + self.attn.step(_normalize(row, *self.norms[0]), cache, x.dtype)
-        row = row + self.ffn.step(_normalize(row, *self.norms[1]), x.dtype)
-        return torch.from_numpy(row).to(x.dtype).view_as(x)
-
-
-def _numbers(norm: nn.Module) -> tuple[Row, Row | None, float]:
-    bias = getattr(norm, "bias", None)
-    return norm.weight.float().numpy(), None if bias is None else bias.float().numpy(), norm.eps
-
-
-def _normalize(row: Row, weight: Row, bias: Row | None, eps: float) -> Row:
-    """Do what an RMSNorm does, or, where there is a bias, what a LayerNorm does."""
-    if bias is not None:
-        row = row - row.mean()
-    row = weight * (row * (1 / math.sqrt(row @ row / len(row) + eps)))
-    return row if bias is None else row + bias
-
-
-def _apply(layer: nn.Module, row: Row, dtype: torch.dtype) -> Row:
-    if dtype == torch.float32 and getattr(layer, "columns", None) is not None:
-        y = layer.columns @ row
-        return y if layer.bias is None else y + layer.bias.numpy()
-    return layer(torch.from_numpy(row)[None].to(dtype)).float().numpy()[0]
 
 
 class FusedAttention(MultiHeadAttention):
@@ -543,22 +474,6 @@ class FusedAttention(MultiHeadAttention):
             k, v = cache.update(k, v)  # (B, K, S, D)
         return self.attend(q, k, v, mask)
 
-    def step(self, row: Row, cache: KVCache, dtype: torch.dtype) -> Row:
-        """Return what one token gathers from itself and those in the cache."""
-        H, K, D = self.n_heads, self.n_kv_heads, self.d_head
-        heads = _apply(self.qkv_proj, row, dtype).reshape(H + 2 * K, D)
-        qk, v = heads[: H + K], heads[H + K :]
-        if isinstance(self.positions, RotaryTable):
-            qk = self.positions.turn(qk, cache.n_tokens)
-        else:
-            qk = self.positions(torch.from_numpy(qk)[:, None], cache.n_tokens).numpy()[:, 0]
-        k, v = cache.append(qk[H:], v)  # (K, S, D) each
-        q = qk[:H].reshape(K, H // K, D) * (1 / math.sqrt(D))
-        scores = q @ k.swapaxes(1, 2)  # (K, H / K, S)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        y = weights @ v / weights.sum(-1, keepdims=True)  # (K, H / K, D)
-        return _apply(self.o_proj, y.ravel(), dtype)
-
 
 class FusedSwiGLU(nn.Module):
     """Do what `ffn` does, with one product for the gate and what it opens."""
@@ -571,25 +486,6 @@ class FusedSwiGLU(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, F) each
         return self.down_proj(F.silu(gate) * up)
 
-    def step(self, row: Row, dtype: torch.dtype) -> Row:
-        gate, up = _apply(self.gate_up_proj, row, dtype).reshape(2, -1)
-        half = gate * 0.5
-        gate = half * (1 + np.tanh(half))  # SiLU, in a form that never overflows
-        return _apply(self.down_proj, gate * up, dtype)
-
-
-class FusedFeedForward(FeedForward):
-    """Do what `ffn` does."""
-
-    def __init__(self, ffn: FeedForward) -> None:
-        nn.Module.__init__(self)
-        self.up_proj, self.down_proj = FastLinear(ffn.up_proj), FastLinear(ffn.down_proj)
-
-    def step(self, row: Row, dtype: torch.dtype) -> Row:
-        up = _apply(self.up_proj, row, dtype)
-        up = up / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up * up * up)))  # GELU
-        return _apply(self.down_proj, up, dtype)
-
 
 class RotaryTable(nn.Module):
     """Turn queries or keys as `RotaryPositions` does, by cosines and sines that it looks up."""
@@ -599,18 +495,11 @@ class RotaryTable(nn.Module):
         angles = torch.outer(torch.arange(max_seq_len), frequencies)  # (T, D / 2)
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1))  # (T, D)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1))
-        self.rows = self.cos.cpu().numpy(), self.sin.cpu().numpy()  # for `turn`
 
     def forward(self, x: Float[Tensor, "*B T D"], start: int) -> Float[Tensor, "*B T D"]:
         """Turn T vectors, the first of which stands at position `start`."""
         rows, swapped = slice(start, start + x.shape[-2]), x.roll(x.shape[-1] // 2, dims=-1)
         return torch.addcmul(x * self.cos[rows], swapped, self.sin[rows])
-
-    def turn(self, heads: Float32[np.ndarray, "H D"], position: int) -> Float32[np.ndarray, "H D"]:
-        """Do the same with the heads of one token, in NumPy."""
-        cos, sin = (rows[position] for rows in self.rows)
-        swapped = heads.reshape(len(heads), 2, -1)[:, ::-1].reshape(heads.shape)
-        return heads * cos + swapped * sin
 
 
 def _check(model: GPT, ids: Int64[Tensor, "B T"], n_tokens: int) -> None:

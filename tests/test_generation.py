@@ -415,29 +415,16 @@ def test_one_text_token_by_token_is_the_model_but_for_rounding(monkeypatch, Conf
     for norm in (model.blocks[0].attn_norm, model.blocks[1].ffn_norm):
         norm.weight.normal_()
     fast, ids = for_inference(model), random_ids(1, 12)
-    steps, n_steps = [], []
-    step = fast.blocks[1].ffn.step
-    monkeypatch.setattr(fast.blocks[1].ffn, "step", lambda *args: n_steps.append(1) or step(*args))
+    has_packed = packed and dtype == torch.bfloat16 and generation._has_packed_products()
+    assert (fast.lm_head.packed is not None) == has_packed
+    steps = []
     caches = make_caches(fast)
     for n, end in zip([4, 1, 1, 3, 2, 1], [4, 5, 6, 9, 11, 12], strict=True):
         steps.append(last_logits(fast, ids[:, :end], caches, n_last=n))
     found, whole = torch.cat(steps, dim=1), model(ids)
-    assert len(n_steps) == 3
     assert found.dtype == dtype
     assert (found - whole).norm() < (0.05 if dtype == torch.bfloat16 else 1e-5) * whole.norm()
     assert copy.deepcopy(fast)(ids).equal(fast(ids))
-
-
-@torch.no_grad()
-def test_great_numbers_overflow_in_no_step():
-    model = lively(LlamaConfig(**SIZES))
-    for block in model.blocks:
-        block.ffn.gate_proj.weight *= 1000
-        block.attn.q_proj.weight *= 1000
-    fast, ids = for_inference(model), random_ids(1, 5)
-    caches = make_caches(fast)
-    steps = [last_logits(fast, ids[:, :end], caches) for end in range(1, 6)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), model(ids), atol=1e-3, rtol=1e-3)
 
 
 @both
