@@ -1,15 +1,17 @@
-"""Finetune a language model to sort texts: clean data, a head on the last token, few blocks trained."""
+"""Finetune a language model to sort texts: clean data, a head on its states, few blocks trained or none."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +23,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Integer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llmlib import resources
 from llmlib.data import IGNORE_INDEX, BatchOrder
 from llmlib.gpt import GPT
-from llmlib.pretraining import END, TrainingConfig, autocast, train
+from llmlib.pretraining import END, TrainingConfig, autocast, precision, train
 from llmlib.tokenization import BPETokenizer
 
-SETTINGS = ("labels", "n_blocks", "first_block", "pool", "template", "max_tokens")
+SETTINGS = ("labels", "n_blocks", "first_block", "lower", "pool", "template", "max_tokens")
 
 # ------------------------------------------------------------------------------ messages
 
@@ -50,7 +53,10 @@ def load_messages(path: str | os.PathLike | None = None) -> list[Message]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         label, tab, text = line.partition("\t")
         if line and not (label and tab):
-            raise ValueError(f"{path}: line {number}, {line[:40]!r}, has no label and tab before its message")
+            raise ValueError(
+                f"{path}: line {number}, {line[:40]!r}, has no label before its message: "
+                "write a label, a tab, and the message"
+            )
         if line:
             messages.append(Message(text, label))
     return messages
@@ -75,17 +81,18 @@ def deduplicate(messages: Sequence[Message], threshold: float = 0.7) -> list[Mes
         raise ValueError(f"threshold={threshold} is a share of the shingles: give more than 0, at most 1")
     sets = [shingles(message.text) for message in messages]
     frequency = Counter(shingle for some in sets for shingle in some)
-    kept, holders = [], defaultdict(list)
-    for message, some in zip(messages, sets, strict=True):
-        # Two near sets must share one of the rarest shingles of each: only those are looked up.
-        rarest = sorted(some, key=lambda shingle: (frequency[shingle], shingle))
-        rarest = rarest[: len(some) - int(np.ceil(threshold * len(some) - 1e-9)) + 1]
-        others = {id(other): other for shingle in rarest for other in holders[shingle]}
-        if all(len(some & other) < threshold * len(some | other) for other in others.values()):
-            kept.append(message)
+    kept, holders = [], defaultdict(list)  # the numbers of those that stay: of all, and of each rare shingle
+    for i, mine in enumerate(sets):
+        # A near text has at least `n_shared` of these. So of any len(mine) − n_shared + 1 it has one: take
+        # the rarest. The rarest that both have is among the rarest of both.
+        n_shared = math.ceil(threshold * len(mine))
+        rarest = sorted(mine, key=lambda shingle: (frequency[shingle], shingle))[: len(mine) - n_shared + 1]
+        others = {j for shingle in rarest for j in holders[shingle]}
+        if all(len(mine & sets[j]) < threshold * len(mine | sets[j]) for j in others):
+            kept.append(i)
             for shingle in rarest:
-                holders[shingle].append(some)
-    return kept
+                holders[shingle].append(i)
+    return [messages[i] for i in kept]
 
 
 def balance(messages: Sequence[Message], seed: int = 0) -> list[Message]:
@@ -105,8 +112,8 @@ def split(
     groups, draw, parts = _by_label(messages), random.Random(seed), [[] for _ in shares]
     for label in sorted(groups):
         mixed = draw.sample(groups[label], len(groups[label]))
-        ends = [round(float(end) * len(mixed)) for end in np.cumsum([0, *shares])]
-        for part, start, end in zip(parts, ends, ends[1:], strict=False):
+        ends = [round(end * len(mixed)) for end in accumulate(shares, initial=0)]
+        for part, (start, end) in zip(parts, pairwise(ends), strict=True):
             part += mixed[start:end]
     return [draw.sample(part, len(part)) for part in parts]
 
@@ -133,10 +140,12 @@ class Classifier(nn.Module):
 
     The head stands above the first `n_blocks` blocks of `model` (all, unless given). The classifier shares
     the frozen weights of `model`, which stays as it is; the blocks from `first_block` on (none, unless
-    given) and the last norm are copies, to be trained. A text is put into `template`, encoded after an
-    end token, and cut to `max_tokens` (200, unless given). With `pool="mean"` the head reads the mean of all
-    states in place of the last. What the head reads has mean 0 and deviation 1 over the texts that it was
-    first trained on. Radford et al. 2018 (GPT), section 3.2.
+    given) are copies, to be trained, and so is the last norm, where the head stands above all blocks. A text
+    is put into `template`, encoded after an end token, and cut to `max_tokens` (200, unless given). With
+    `pool="mean"` the head reads the mean of all states in place of the last. With `lower=(8,)`, it also reads
+    the states above 8 blocks. What it reads has mean 0 and deviation 1 over the texts of the last
+    `fit_head`, or else of the first `finetune`. Radford et al. 2018 (GPT), section 3.2; for `lower`, Peters
+    et al. 2018 (ELMo), section 3.2.
     """
 
     def __init__(
@@ -147,6 +156,7 @@ class Classifier(nn.Module):
         *,
         n_blocks: int | None = None,
         first_block: int | None = None,
+        lower: Sequence[int] = (),
         pool: str = "last",
         template: str = "{}",
         max_tokens: int | None = None,
@@ -160,6 +170,8 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"first_block={first_block} must be from 0 to {self.n_blocks}, where none is trained"
             )
+        if any(not 0 <= depth < self.first_block for depth in lower):
+            raise ValueError(f"lower={list(lower)} must lie from 0 to below first_block={self.first_block}")
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"labels={list(labels)} must be at least 2 different ones")
         if pool not in ("last", "mean"):
@@ -167,10 +179,11 @@ class Classifier(nn.Module):
         if template.count("{}") != 1:
             raise ValueError(f"template={template!r} must have one {{}}, where the text goes")
         self.tokenizer, self.labels, self.pool, self.template = tokenizer, tuple(labels), pool, template
+        self.lower, self.d_model = tuple(sorted(lower)), model.config.d_model
         self.before, self.after = (tokenizer.encode(part) for part in template.split("{}"))
-        max_tokens = min(200, model.config.max_seq_len) if max_tokens is None else max_tokens
-        self.max_tokens, room = max_tokens, max_tokens - len(self.before) - len(self.after) - 1
-        if room < 1 or max_tokens > model.config.max_seq_len:
+        self.max_tokens = min(200, model.config.max_seq_len) if max_tokens is None else max_tokens
+        self.room = self.max_tokens - len(self.before) - len(self.after) - 1  # for the text itself
+        if self.room < 1 or self.max_tokens > model.config.max_seq_len:
             raise ValueError(
                 f"max_tokens={max_tokens} must leave room for a text beside the template, and be at most "
                 f"max_seq_len={model.config.max_seq_len}"
@@ -179,46 +192,62 @@ class Classifier(nn.Module):
         self.frozen = nn.ModuleList(_share(block) for block in model.blocks[: self.first_block])
         trained = model.blocks[self.first_block : self.n_blocks]
         self.trained = nn.ModuleList(copy.deepcopy(block) for block in trained)
-        self.final_norm = copy.deepcopy(model.final_norm)
-        self.register_buffer("mean", torch.zeros(model.config.d_model))
-        self.register_buffer("deviation", torch.ones(model.config.d_model))
-        self.head = nn.Linear(model.config.d_model, len(labels))
+        whole = self.n_blocks == len(model.blocks)  # the last norm was made for the states above all blocks
+        self.final_norm = copy.deepcopy(model.final_norm) if whole else nn.Identity()
+        width = self.d_model * (len(self.lower) + 1)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.head = nn.Linear(width, len(labels))
         nn.init.zeros_(self.head.weight)  # no opinion: both labels are equally likely at the start
         nn.init.zeros_(self.head.bias)
         for part in (self.trained, self.final_norm):
             part.requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Switch dropout on or off in the trained blocks alone: frozen states are computed without it."""
+        super().train(mode)
+        self.embeddings.eval()
+        self.frozen.eval()
+        return self
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text; ValueError on one without a letter, a digit or a sign."""
         if not text.strip():
             raise ValueError(f"the text {text!r} is empty: there is nothing to sort")
-        room = self.max_tokens - len(self.before) - len(self.after) - 1
-        ids = self.tokenizer.encode(text)[:room]
+        ids = self.tokenizer.encode(text)[: self.room]
         return [self.tokenizer.special_tokens[END], *self.before, *ids, *self.after]
 
-    def read(self, ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
-        """Return the states that the trained blocks read; no gradient goes further down."""
-        with torch.no_grad():
-            x = self.embeddings(ids, 0)  # (B, T, C)
-            for block in self.frozen:
-                x = block(x)
-        return x
+    @torch.no_grad()
+    def read(self, ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T F"]:
+        """Return the states that the trained blocks read, after those of the `lower` depths.
 
-    def features(self, x: Float[Tensor, "B T C"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B C"]:
-        """Return one vector a text from such states; `last` is the place of each text's last token.
+        F is C for each depth. No gradient goes further down.
+        """
+        x = self.embeddings(ids, 0)  # (B, T, C)
+        states = [x]
+        for block in self.frozen:
+            x = block(x)
+            states.append(x)
+        return torch.cat([states[depth] for depth in (*self.lower, self.first_block)], dim=-1)
+
+    def features(self, x: Float[Tensor, "B T F"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B F"]:
+        """Return one vector a text from what `read` returns; `last` is the place of each text's last token.
 
         Padding stands to the right of it, where causal attention doesn't look.
         """
+        *lower, x = x.split(self.d_model, dim=-1)
         for block in self.trained:
             x = block(x)
+        x = torch.cat([*lower, self.final_norm(x)], dim=-1).float()
         if self.pool == "last":
-            return self.final_norm(x[torch.arange(len(x), device=x.device), last]).float()
+            return x[torch.arange(len(x), device=x.device), last]
         inside = torch.arange(x.shape[1], device=x.device) <= last[:, None]  # (B, T)
-        return (self.final_norm(x).float() * inside[..., None]).sum(dim=1) / inside.sum(dim=1, keepdim=True)
+        return (x * inside[..., None]).sum(dim=1) / inside.sum(dim=1, keepdim=True)
 
-    def decide(self, x: Float[Tensor, "B T C"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B K"]:
+    def decide(self, x: Float[Tensor, "B T F"], last: Integer[Tensor, " B"]) -> Float[Tensor, "B K"]:
         """Return the logits of the labels from the states that `read` returns."""
-        x = self.features(x, last)  # (B, C)
+        x = self.features(x, last)  # (B, F)
         with torch.autocast(x.device.type, enabled=False):  # so few products may be exact
             return self.head((x - self.mean) / self.deviation)  # (B, K)
 
@@ -252,7 +281,7 @@ class States(Dataset):
     the label at each last token, and −100 elsewhere.
     """
 
-    table: Float[Tensor, "N C"]
+    table: Float[Tensor, "N F"]
     starts: Int64[Tensor, " M"]
     lengths: Int64[Tensor, " M"]
     labels: Int64[Tensor, " M"] | None = None
@@ -270,11 +299,15 @@ class States(Dataset):
         self, index: Integer[np.ndarray, " B"]
     ) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B T"]]:
         numbers = torch.as_tensor(index)
+        rows = self.rows(numbers)  # (B, T)
+        targets = torch.full(rows.shape, IGNORE_INDEX)
+        return rows, targets.scatter(1, self.lengths[numbers, None] - 1, self.labels[numbers, None])
+
+    def rows(self, numbers: Int64[Tensor, " B"]) -> Int64[Tensor, "B T"]:
+        """Return where in the table the states of these texts lie; the last one, again, is padding."""
         last = self.lengths[numbers, None] - 1  # (B, 1)
         places = torch.arange(int(last.max()) + 1)  # (T)
-        rows = self.starts[numbers, None] + places.minimum(last)  # (B, T): the last state, again, is padding
-        targets = torch.full(rows.shape, IGNORE_INDEX)
-        return rows, targets.scatter(1, last, 0 if self.labels is None else self.labels[numbers, None])
+        return self.starts[numbers, None] + places.minimum(last)
 
 
 @dataclass(eq=False)
@@ -290,13 +323,13 @@ class ByLength(BatchOrder):
     def __iter__(self) -> Iterator[np.ndarray]:
         epoch, n_seen = divmod(self.start, len(self))
         self.start = (epoch + 1) * len(self)
-        order, random = np.arange(self.n_windows), np.random.default_rng([self.seed, epoch])
+        order, draw = np.arange(self.n_windows), np.random.default_rng([self.seed, epoch])
         if self.shuffle:
-            order = random.permutation(order)
+            order = draw.permutation(order)
         pools = np.split(order, range(0, len(order), self.n_batches * self.batch_size)[1:])
         order = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
         starts = np.arange(len(self)) * self.batch_size
-        for start in (random.permutation(starts) if self.shuffle else starts)[n_seen:]:
+        for start in (draw.permutation(starts) if self.shuffle else starts)[n_seen:]:
             yield order[start : start + self.batch_size]
 
 
@@ -310,40 +343,42 @@ def frozen_states(
     """
     if not messages:
         raise ValueError("0 texts to read: give at least one")
+    labels = _numbers(classifier, messages)
     texts = [m if isinstance(m, str) else m.text for m in messages]
-    ids = [classifier.encode(text) for text in texts]
+    ids = [torch.tensor(classifier.encode(text)) for text in texts]
     lengths = torch.tensor([len(some) for some in ids])
-    starts = lengths.cumsum(0) - lengths
-    device, order = classifier.head.weight.device, lengths.argsort(stable=True).tolist()
-    table = None
+    device, states = classifier.head.weight.device, [None] * len(ids)
     with autocast(classifier), tqdm(total=len(ids), leave=False, disable=not progress) as bar:
-        while order:
-            # About 2,048 tokens in a batch.
-            T = len(ids[order[0]])
-            n = next((n for n in range(1, len(order)) if (n + 1) * len(ids[order[n]]) > 2048), len(order))
-            batch, order = order[:n], order[n:]
-            T = len(ids[batch[-1]])
-            rows = torch.tensor([ids[i] + [0] * (T - len(ids[i])) for i in batch], device=device)  # (B, T)
-            x = classifier.read(rows)  # (B, T, C)
-            if table is None:
-                dtype = torch.get_autocast_dtype(device.type) if _casts(device) else x.dtype
-                table = torch.empty(int(lengths.sum()), x.shape[-1], dtype=dtype, device=device)
-            for i, row in zip(batch, x, strict=True):
-                table[starts[i] : starts[i] + lengths[i]] = row[: lengths[i]]
-            bar.update(n)
-    return States(table, starts, lengths, _numbers(classifier, messages))
+        for numbers in _batches(lengths):
+            rows = pad_sequence([ids[i] for i in numbers], batch_first=True).to(device)  # (B, T)
+            for i, x in zip(numbers.tolist(), classifier.read(rows), strict=True):
+                states[i] = x[: lengths[i]].to(precision(device).dtype)  # (T, F)
+            bar.update(len(numbers))
+    return States(torch.cat(states), lengths.cumsum(0) - lengths, lengths, labels)
 
 
-def _casts(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
+def _batches(lengths: Int64[Tensor, " M"], n_tokens: int = 2048) -> Iterator[Int64[Tensor, " B"]]:
+    """Yield the numbers of all texts, the shortest first, about `n_tokens` with their padding at a time."""
+    order, start = lengths.argsort(stable=True), 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > n_tokens:
+            yield order[start:end]
+            start = end
 
 
 def _numbers(classifier: Classifier, messages: Sequence[Message] | Sequence[str]) -> Tensor | None:
     labels = [message.label for message in messages if not isinstance(message, str)]
     if not labels:
         return None
+    if len(labels) < len(messages):
+        raise ValueError(
+            f"{len(labels)} of {len(messages)} texts have a label: give all of them one, or none"
+        )
     if unknown := set(labels) - set(classifier.labels):
-        raise ValueError(f"the labels {sorted(unknown)} are none of {list(classifier.labels)}")
+        raise ValueError(
+            f"the labels {sorted(unknown)} are none of {list(classifier.labels)}: "
+            "make the classifier with them, or leave these texts out"
+        )
     return torch.tensor([classifier.labels.index(label) for label in labels])
 
 
@@ -352,12 +387,12 @@ def predict(classifier: Classifier, states: States) -> Float[Tensor, "M K"]:
     return _each(classifier, classifier.decide, states)
 
 
-def standardize(classifier: Classifier, states: States) -> Float[Tensor, "M C"]:
+def standardize(classifier: Classifier, states: States) -> Float[Tensor, "M F"]:
     """Let each number that the head reads have mean 0 and deviation 1 over these texts; return them so.
 
     Otherwise a head learns fast from the large numbers, and hardly from the small ones.
     """
-    features = _each(classifier, classifier.features, states)  # (M, C)
+    features = _each(classifier, classifier.features, states)  # (M, F)
     classifier.mean.copy_(features.mean(dim=0))
     classifier.deviation.copy_(features.std(dim=0, correction=0).clamp(min=1e-6))
     return (features.to(classifier.mean.device) - classifier.mean) / classifier.deviation
@@ -368,14 +403,16 @@ def _each(
     classifier: Classifier, function: Callable[[Tensor, Tensor], Tensor], states: States
 ) -> Float[Tensor, "M _"]:
     """Return `function` of the states of each text, a row each; texts of like length go together."""
-    was_training, order, results = classifier.training, states.lengths.argsort(stable=True), []
+    was_training, device, results = classifier.training, states.table.device, [None] * len(states)
     classifier.eval()
     with autocast(classifier):
-        for some in order.split(32):
-            rows, _ = states[some.numpy()]
-            results.append(function(states.table[rows].float(), states.lengths[some] - 1).cpu())
+        for numbers in _batches(states.lengths):
+            x = states.table[states.rows(numbers)].float()  # (B, T, F)
+            last = states.lengths[numbers].to(device) - 1
+            for i, row in zip(numbers.tolist(), function(x, last).cpu(), strict=True):
+                results[i] = row
     classifier.train(was_training)
-    return torch.cat(results)[order.argsort()]
+    return torch.stack(results)
 
 
 # ------------------------------------------------------------------------------ training
@@ -383,7 +420,7 @@ def _each(
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningConfig(TrainingConfig):
-    """Train the head, which begins at zero, at the rate `head_lr`, and what is pretrained at `lr`."""
+    """Train the head at the rate `head_lr`, and what is pretrained at `lr`."""
 
     lr: float = 2e-4
     head_lr: float = 2e-3
@@ -392,19 +429,19 @@ class FinetuningConfig(TrainingConfig):
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        head = [p for name, p in trained.items() if name.rpartition(".")[0].endswith("head")]
-        rest = [p for name, p in trained.items() if not name.rpartition(".")[0].endswith("head")]
+        head = [p for name, p in trained.items() if "head" in name.split(".")]
+        rest = [p for name, p in trained.items() if "head" not in name.split(".")]
         return self._adamw(
             {"params": head, "lr": self.head_lr, "weight_decay": self.weight_decay},
             {"params": rest, "weight_decay": self.weight_decay},
         )
 
 
-class _OnStates(GPT):
-    """Look like a language model to `train`: "tokens" are the rows of a table of states."""
+class _OnStates(nn.Module):
+    """Give `train` the loss of a classifier: "tokens" are the rows of a table of states."""
 
-    def __init__(self, classifier: Classifier, table: Float[Tensor, "N C"]) -> None:
-        nn.Module.__init__(self)  # none of the parts of a GPT: they are the classifier's
+    def __init__(self, classifier: Classifier, table: Float[Tensor, "N F"]) -> None:
+        super().__init__()
         self.classifier, self.table = classifier, table
 
     def loss(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"]) -> Float[Tensor, ""]:
@@ -425,7 +462,8 @@ def finetune(
 ) -> pd.DataFrame:
     """Train the head and the trained blocks on labelled states; return the log of `pretraining.train`.
 
-    `validation` must be states of the same table. ValueError where there are no labels.
+    What a head reads that is still zero is standardized first. `validation` must be states of the same table.
+    ValueError where there are no labels.
     """
     for some in (states, validation):
         if some is not None and some.labels is None:
