@@ -98,10 +98,15 @@ class MuonConfig(TrainingConfig):
     lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.99)
 
-    def optimizer(self, model: GPT) -> Together:
+    def optimizer(self, model: nn.Module) -> Together:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = {name: p for name, p in trained.items() if name.startswith("blocks.") and p.ndim == 2}
         rest = [p for name, p in trained.items() if name not in matrices]
+        if not matrices:
+            raise ValueError(
+                f"none of {len(trained)} trained parameters is a matrix of a module named blocks, where Muon "
+                "works: take TrainingConfig"
+            )
         muon = Muon(matrices.values(), lr=2 * self.lr, weight_decay=self.weight_decay)
         return Together(muon, self._adamw({"params": rest}))
 
@@ -408,7 +413,7 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
 def load_checkpoint(checkpoint: Path, model: GPT, optimizer: torch.optim.Optimizer | Together) -> list[dict]:
     """Put model, optimizer and random state back as they were, and return the rows of the log."""
     _load_weights(model, load_file(checkpoint / "model.safetensors"), checkpoint)
-    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    state = torch.load(checkpoint / "training.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
     return pd.read_csv(checkpoint / "log.csv", float_precision="round_trip").to_dict("records")
@@ -515,6 +520,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     out = options.out
+    if options.start:
+        _check_start(options)
     _remember(options)
     tokenizer = _tokens(options)
     torch.manual_seed(options.seed)
@@ -541,6 +548,15 @@ def _run(options: argparse.Namespace) -> None:
     with write_beside(out / "log.csv") as new:
         log.to_csv(new, index=False)
     print(f"{out / 'model.safetensors'}: held-out loss {log['val_loss'].iloc[-1]:.3f} nats a token")
+
+
+def _check_start(options: argparse.Namespace) -> None:
+    """Refuse a shape beside --start: it is that of the model to go on with."""
+    shape = ("parts", "vocab_size", "d_model", "n_layers", "n_heads")
+    given = [name for name in shape if getattr(options, name) != _arguments().get_default(name)]
+    if given:
+        names = " ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{names}: the model of {options.start} has its own shape, leave them out")
 
 
 def _model(options: argparse.Namespace, vocab_size: int) -> GPT:

@@ -148,6 +148,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert len(muon["params"]) == 6 and all(p.ndim == 2 for p in muon["params"])
     assert {id(p) for p in muon["params"] + adamw["params"]} == {id(p) for p in model.parameters()}
     assert any(p is model.lm_head.weight for p in adamw["params"])
+    with pytest.raises(ValueError, match="none of 2 trained parameters is a matrix of a module named blocks"):
+        config.optimizer(torch.nn.Linear(2, 2))
 
 
 def test_all_rates_follow_the_schedule():
@@ -517,6 +519,9 @@ def test_the_command_line_goes_on_from_a_finished_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*second, "--max-seq-len", "32", "--out", str(tmp_path / "third")])
     assert "sees 16: it can't go on with 300 and 32" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*second, "--n-layers", "2", "--vocab-size", "280", "--out", str(tmp_path / "third")])
+    assert "--vocab-size --n-layers: the model of" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_settings(tmp_path, capsys):
