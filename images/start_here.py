@@ -42,7 +42,7 @@ STAGES = [
         "Finetuning",
         "from sentences to useful answers",
         (GREEN, PALE_GREEN),
-        ["13 A classifier: spam or ham", "14 A personal assistant", "15 Preference tuning"],
+        ["13 Classification finetuning", "14 Instruction finetuning", "15 Preference tuning"],
     ),
     (
         "Further",
