@@ -46,7 +46,7 @@ def last_token() -> Drawing:
 
 def frozen() -> Drawing:
     d = Drawing(
-        800, 290, "Frozen blocks are computed once for each message; what lies above is trained, in five ways"
+        800, 290, "Frozen blocks are computed once for each message; what lies above is trained, in four ways"
     )
     ways = [
         ("head only", 4, 0, False),
@@ -61,11 +61,12 @@ def frozen() -> Drawing:
         for k in range(n_frozen + n_trained):
             trained = k < n_trained
             fill, stroke = (PALE_ORANGE, ORANGE) if trained else (PALE_BLUE, BLUE)
-            d.box(x, 74 + 30 * k, 110, 24, f"block {26 - k}", fill=fill, stroke=stroke, size=12)
+            d.box(x, 74 + 30 * k, 110, 24, f"block {24 - k}", fill=fill, stroke=stroke, size=12)
             if thin:
                 d.rect(x + 114, 74 + 30 * k, 8, 24, fill=PALE_ORANGE, stroke=ORANGE, rx=2)
-        d.box(x, 198, 110, 62, "blocks 1 to 22\nand tokens", fill=PALE_BLUE, stroke=BLUE, size=13)
-    d.line(20, 192, 620, 192, stroke=VERMILION, width=1.5, dash="5 4")
+        d.box(x, 198, 110, 62, "blocks 1 to 20\nand tokens", fill=PALE_BLUE, stroke=BLUE, size=13)
+        y = 71 + 30 * (4 if thin else n_trained)
+        d.line(x - 10, y, x + 126, y, stroke=VERMILION, width=1.5, dash="5 4")
     d.text(636, 192, "states kept here:\ncomputed once", size=13, anchor="start", fill=VERMILION)
     d.box(640, 60, 22, 18, fill=PALE_ORANGE, stroke=ORANGE)
     d.text(670, 69, "trained", size=13, anchor="start")

@@ -806,14 +806,15 @@ def shared_shingles() -> Iterator[Case]:
     yield ("ab", "ab", 5), 1.0  # shorter than a shingle: the whole text is one
     yield ("ab", "abc", 5), 0.0
     yield ("abcdef", "xyz", 3), 0.0
+    yield ("win £100", "win £500", 3), 3 / 9  # digits and signs count
 
 
 @exercise
-def last_states() -> Iterator[Case]:
+def mean_states() -> Iterator[Case]:
     draws = torch.Generator().manual_seed(0)
     for lengths in ([3, 1, 2], [4, 4], [1], [2, 5, 5, 1]):
         x = torch.randn(len(lengths), max(lengths) + 1, 3, generator=draws)
-        yield (x, torch.tensor(lengths)), torch.stack([x[i, n - 1] for i, n in enumerate(lengths)])
+        yield (x, torch.tensor(lengths)), torch.stack([x[i, :n].mean(dim=0) for i, n in enumerate(lengths)])
 
 
 @exercise
@@ -822,6 +823,7 @@ def threshold_for() -> Iterator[Case]:
     yield ([0.1, 0.7, 0.6, 0.9], [False, False, True, True], 0.0), 0.9
     yield ([0.1, 0.7, 0.6, 0.9], [False, False, True, True], 0.5), 0.6
     yield ([0.2, 0.2, 0.8], [True, False, True], 0.0), 0.8  # a ham message at the threshold is stopped too
+    yield ([0.1, 0.2, 0.9], [False, False, True], 0.5), 0.2  # a ham's probability may be the threshold
     yield ([0.9, 0.3], [False, True], 0.0), math.inf  # whatever stops spam stops ham
     yield ([0.05, 0.3, 0.5, 0.6, 0.55, 0.97], [False, False, False, False, True, True], 0.25), 0.55
 
