@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import safetensors
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class MuonConfig(TrainingConfig):
 
 def train(
     model: nn.Module,
-    loader: DataLoader | Recall,
+    loader: DataLoader | Recall | RecallUnknown,
     config: TrainingConfig,
     *,
     validation: DataLoader | None = None,
@@ -281,17 +282,11 @@ class Together:
 
 
 @dataclass(eq=False)
-class Recall:
-    """Yield the batches of `loader`, some of which ask only for words that came before.
-
-    Such are the first `n_first` batches, and then every fourth up to number `n_mixed`. In them, only those
-    targets count that are `rare` tokens and stand in the text already: to copy them is all there is to learn.
-    """
+class _Asking:
+    """Yield the batches of `loader`, some of which ask only for `rare` tokens that came before."""
 
     loader: DataLoader
     rare: Bool[Tensor, " V"]
-    n_first: int
-    n_mixed: int
 
     @property
     def sampler(self) -> BatchOrder:
@@ -299,15 +294,53 @@ class Recall:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, (ids, targets) in enumerate(self.loader, self.sampler.start + 1):
-            if number <= self.n_first or (number <= self.n_mixed and number % 4 == 0):
-                targets = self.ask(ids, targets)
-            yield ids, targets
+            yield ids, self.ask(ids, targets) if self.asks(number) else targets
+
+    def asks(self, number: int) -> bool:
+        raise NotImplementedError
 
     def ask(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
         """Keep the targets that came before; where there are none, keep all of them."""
         seen = (targets[:, :, None] == ids[:, None, :]).tril().any(dim=-1)  # (B, T)
         asked = targets.where(seen & self.rare[targets.clamp(min=0)], IGNORE_INDEX)
         return targets if (asked == IGNORE_INDEX).all() else asked
+
+
+@dataclass(eq=False)
+class Recall(_Asking):
+    """Yield the batches of `loader`, some of which ask only for words that came before.
+
+    Such are the first `n_first` batches, and then every fourth up to number `n_mixed`. In them, only those
+    targets count that are `rare` tokens and stand in the text already: to copy them is all there is to learn.
+    """
+
+    n_first: int
+    n_mixed: int
+
+    def asks(self, number: int) -> bool:
+        return number <= self.n_first or (number <= self.n_mixed and number % 4 == 0)
+
+
+@dataclass(eq=False)
+class RecallUnknown(_Asking):
+    """Let every second batch ask only for words that came before, and that `model` doesn't know yet.
+
+    It knows a word to which it gives at least a half.
+    """
+
+    model: GPT
+
+    def asks(self, number: int) -> bool:
+        return number % 2 == 0
+
+    @torch.no_grad()
+    def ask(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
+        asked = super().ask(ids, targets)
+        counted = asked != IGNORE_INDEX  # (B, T)
+        p = self.model(ids.to(_device(self.model))).softmax(dim=-1).cpu()[counted]  # (N, V)
+        known = torch.zeros_like(counted)
+        known[counted] = p.gather(1, asked[counted][:, None])[:, 0] >= 0.5
+        return asked if known.equal(counted) else asked.masked_fill(known, IGNORE_INDEX)
 
 
 def rare_tokens(
@@ -319,6 +352,51 @@ def rare_tokens(
     rare = torch.ones(vocab_size, dtype=torch.bool)
     rare[counts.argsort(descending=True, stable=True)[:n_frequent]] = False
     return rare
+
+
+@torch.no_grad()
+def part_twins(model: GPT, tokens: Int64[Tensor, " N"], cosine: float = 0.95) -> Int64[Tensor, " _"]:
+    """Turn the vectors of those `tokens` that have fallen together into random directions; return their IDs.
+
+    Words that stand in the same places, such as the days of the week, can end as one vector, with a cosine
+    above `cosine`. The model can't tell them apart then, and training, which moves them alike, doesn't part
+    them. Each vector keeps its length, and most of what it shares with its twins.
+    """
+    table = model.embeddings.tok_emb.weight
+    directions = F.normalize(table[tokens], dim=-1)  # (N, C)
+    twins = (directions @ directions.mT > cosine).sum(dim=-1) > 1  # one of them is itself
+    noise = F.normalize(torch.randn_like(directions[twins]), dim=-1)
+    lengths = table[tokens[twins]].norm(dim=-1, keepdim=True)
+    table[tokens[twins]] = lengths * F.normalize(directions[twins] + 0.7 * noise, dim=-1)
+    return tokens[twins]
+
+
+@torch.no_grad()
+def deepen(model: GPT, n_blocks: int) -> GPT:
+    """Return a copy with `n_blocks` more blocks on top, which alone are trained: the rest is frozen.
+
+    A new block begins by passing on almost what it reads. Its feed-forward layer adds nothing. Its attention
+    looks for what resembles, queries and keys being alike, and adds a tenth of that: so it learns soon what
+    to copy, as in Trockman and Kolter 2023, arXiv:2305.09828.
+    """
+    n_old = model.config.n_layers
+    deeper = GPT(replace(model.config, n_layers=n_old + n_blocks))
+    deeper.load_state_dict(model.state_dict(), strict=False)
+    deeper.requires_grad_(False)
+    for block in deeper.blocks[n_old:]:
+        block.requires_grad_(True)
+        attn, heads = block.attn, (-1, block.attn.d_head, model.config.d_model)
+        n_sharing = attn.q_proj.out_features // attn.k_proj.out_features  # query heads to a head of keys
+        nn.init.orthogonal_(attn.k_proj.weight, gain=0.5)
+        nn.init.orthogonal_(attn.v_proj.weight)
+        k, v = (
+            layer.weight.view(heads).repeat_interleave(n_sharing, dim=0).flatten(0, 1)  # (C, C)
+            for layer in (attn.k_proj, attn.v_proj)
+        )
+        attn.q_proj.weight.copy_(k)
+        attn.o_proj.weight.copy_(0.1 * v.mT)
+        block.ffn.down_proj.weight.zero_()
+    return deeper
 
 
 class Precision(NamedTuple):
@@ -442,7 +520,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _endless(loader: DataLoader | Recall, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(loader: DataLoader | Recall | RecallUnknown, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of epoch after epoch, the first `start` of them left out."""
     loader.sampler.start = start
     while True:
@@ -498,6 +576,15 @@ def _arguments() -> argparse.ArgumentParser:
         help="in the first N steps, and in a quarter of those after them up to three quarters of the run, "
         "ask only for words that came before",
     )
+    add(
+        "--recall-unknown",
+        action="store_true",
+        help="in every second step, ask only for words that came before and that the model doesn't know yet",
+    )
+    add(
+        "--part-twins", action="store_true", help="with --start: turn apart vectors that have fallen together"
+    )
+    add("--deepen", type=int, default=0, metavar="N", help="with --start: train N new blocks on top, alone")
     add("--steps", type=int, default=2000)
     add("--lr", type=float, default=3e-3, help="highest learning rate")
     add("--warmup", type=int, default=100, help="steps until the highest learning rate")
@@ -520,8 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     out = options.out
-    if options.start:
-        _check_start(options)
+    _check_start(options)
     _remember(options)
     tokenizer = _tokens(options)
     torch.manual_seed(options.seed)
@@ -535,8 +621,14 @@ def _run(options: argparse.Namespace) -> None:
     held_out = make(out / "validation.npy", shuffle=False, drop_last=False, **sizes)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {precision().reason}")
     if options.recall:
-        rare = rare_tokens(out / "train.npy", tokenizer.vocab_size)
-        loader = Recall(loader, rare, options.recall, 3 * options.steps // 4)
+        loader = Recall(
+            loader,
+            rare_tokens(out / "train.npy", tokenizer.vocab_size),
+            options.recall,
+            3 * options.steps // 4,
+        )
+    elif options.recall_unknown:
+        loader = RecallUnknown(loader, rare_tokens(out / "train.npy", tokenizer.vocab_size), model)
     config = (MuonConfig if options.muon else TrainingConfig)(
         n_steps=options.steps, lr=options.lr, n_warmup=options.warmup, eval_every=options.eval_every
     )
@@ -551,11 +643,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _check_start(options: argparse.Namespace) -> None:
-    """Refuse a shape beside --start: it is that of the model to go on with."""
+    """Refuse a shape beside --start, whose model has its own, and without it what needs a model."""
     shape = ("parts", "vocab_size", "d_model", "n_layers", "n_heads")
-    given = [name for name in shape if getattr(options, name) != _arguments().get_default(name)]
+    changes = ("part_twins", "deepen")
+    barred = shape if options.start else changes
+    given = [name for name in barred if getattr(options, name) != _arguments().get_default(name)]
+    names = " ".join("--" + name.replace("_", "-") for name in given)
+    if given and not options.start:
+        raise ValueError(f"{names}: give --start too, the folder of the model to change")
     if given:
-        names = " ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{names}: the model of {options.start} has its own shape, leave them out")
 
 
@@ -567,7 +663,11 @@ def _model(options: argparse.Namespace, vocab_size: int) -> GPT:
                 f"the model of {options.start} knows {model.config.vocab_size} tokens and sees "
                 f"{model.config.max_seq_len}: it can't go on with {vocab_size} and {options.max_seq_len}"
             )
-        return model
+        if options.part_twins:
+            used = torch.from_numpy(np.unique(open_tokens(options.out / "train.npy")).astype(np.int64))
+            twins = part_twins(model, used)
+            print(f"{len(twins)} tokens had fallen together: {' '.join(map(str, twins.tolist()))}")
+        return deepen(model, options.deepen) if options.deepen else model
     kind = {"gpt": GPTConfig, "llama": LlamaConfig}[options.parts]
     return GPT(
         kind(

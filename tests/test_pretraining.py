@@ -22,8 +22,10 @@ from llmlib.pretraining import (
     Muon,
     MuonConfig,
     Recall,
+    RecallUnknown,
     TrainingConfig,
     accumulate_gradients,
+    deepen,
     evaluate,
     last_checkpoint,
     learning_rate,
@@ -32,6 +34,7 @@ from llmlib.pretraining import (
     load_tales_gpt,
     main,
     orthogonalize,
+    part_twins,
     precision,
     rare_tokens,
     save_checkpoint,
@@ -171,6 +174,53 @@ def test_all_rates_follow_the_schedule():
         assert muon == pytest.approx(2 * learning_rate(step, config))
 
 
+# A trained model that goes on
+
+
+def test_part_twins_turns_apart_what_fell_together():
+    model = tiny()
+    table = model.embeddings.tok_emb.weight
+    with torch.no_grad():
+        table[3], table[4] = 2 * table[2] + 1e-3 * table[5], 3 * table[2]
+    before = table.detach().clone()
+    assert part_twins(model, torch.tensor([1, 2, 3, 5])).tolist() == [2, 3]  # 4 isn't among them
+    moved = (table != before).any(dim=1)
+    assert moved.nonzero()[:, 0].tolist() == [2, 3]
+    torch.testing.assert_close(table.norm(dim=1), before.norm(dim=1))
+    cosines = torch.cosine_similarity(table[2:4], before[2:4])
+    assert torch.cosine_similarity(table[2], table[3], dim=0) < 0.95 and (cosines > 0.6).all()
+    assert part_twins(model, torch.tensor([1, 2, 3, 5])).tolist() == []
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
+def test_new_blocks_pass_on_what_they_read_and_are_trained_alone(n_kv_heads):
+    sizes = dict(vocab_size=11, max_seq_len=8, d_model=16, n_layers=1, n_heads=4, n_kv_heads=n_kv_heads)
+    model = tiny(config=LlamaConfig(**sizes)).eval()
+    with torch.no_grad():
+        model.embeddings.tok_emb.weight.normal_()  # as long as the vectors of a trained model
+    deeper = deepen(model, 2).eval()
+    assert deeper.config == replace(model.config, n_layers=3)
+    ids = torch.arange(8)[None]
+    shift = (deeper.hidden(ids) - model.hidden(ids)).norm() / model.hidden(ids).norm()
+    assert 0 < shift < 0.3
+    q, k, _ = deeper.blocks[-1].attn.project(*2 * [torch.randn(1, 3, 16)])  # (1, H, 3, D)
+    torch.testing.assert_close(q, k.repeat_interleave(4 // k.shape[1], dim=1))
+    fresh = deeper.blocks[-1].attn.k_proj.weight.detach().clone()
+    train(deeper, loader(), MuonConfig(n_steps=3, n_warmup=1), progress=False)
+    before, after = model.state_dict(), deeper.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(fresh, deeper.blocks[-1].attn.k_proj.weight)
+
+
+def test_a_new_block_copies_what_resembles():
+    model = tiny(config=replace(TINY, bias=False)).eval()
+    attn = deepen(model, 1).blocks[-1].attn
+    x = 4 * torch.nn.functional.normalize(torch.randn(1, 5, 16), dim=-1)
+    x[:, -1] = x[:, 1]  # the last token resembles the second
+    added = attn(x)[0, -1]
+    assert torch.cosine_similarity(added, x[0]).argmax().item() in (1, 4)
+
+
 # Batches that ask for what came before
 
 
@@ -195,6 +245,28 @@ def test_recall_comes_first_and_then_in_every_fourth_batch():
         assert asked == [n <= 3 or n in (4, 8) for n in numbers]
         expected = islice(pretraining._endless(plain, start), 14)
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, expected, strict=True))
+
+
+def test_recall_unknown_leaves_out_what_the_model_knows():
+    model = tiny().eval()
+    with torch.no_grad():  # a model that always says 5
+        model.embeddings.tok_emb.weight.zero_()[5] = 100
+        model.final_norm.weight.zero_(), model.final_norm.bias.fill_(1.0)
+    asking = RecallUnknown(loader(), torch.ones(11, dtype=torch.bool), model)
+    ids = torch.tensor([[5, 6, 5, 6, 7]])
+    targets = torch.tensor([[6, 5, 6, 7, -100]])
+    assert asking.ask(ids, targets).tolist() == [[-100, -100, 6, -100, -100]]
+    known = torch.tensor([[6, 5, 1, 5, -100]])
+    assert asking.ask(ids, known).tolist() == [[-100, 5, -100, 5, -100]]  # all are known: none is left out
+
+
+def test_recall_unknown_asks_in_every_second_batch():
+    plain = make_loader(torch.arange(2000) % 5, 8, 20)
+    for start in (0, 3):
+        asking = RecallUnknown(plain, torch.ones(11, dtype=torch.bool), tiny().eval())
+        batches = list(islice(pretraining._endless(asking, start), 14))
+        asked = [bool((targets == -100).any()) for _, targets in batches]
+        assert asked == [n % 2 == 0 for n in range(start + 1, start + 15)]
 
 
 def test_rare_tokens_are_all_but_the_most_frequent():
@@ -522,6 +594,23 @@ def test_the_command_line_goes_on_from_a_finished_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*second, "--n-layers", "2", "--vocab-size", "280", "--out", str(tmp_path / "third")])
     assert "--vocab-size --n-layers: the model of" in capsys.readouterr().err
+
+
+def test_the_command_line_goes_on_with_a_deeper_model(tmp_path, capsys):
+    run(tmp_path, "--tales", "30")
+    first = load_model(tmp_path / "out" / "model.safetensors")
+    options = "--tales 20 --max-seq-len 16 --batch-size 2 --steps 3 --warmup 1 --part-twins --recall-unknown"
+    out = tmp_path / "deeper"
+    main([*options.split(), "--start", str(tmp_path / "out"), "--deepen", "2", "--out", str(out)])
+    deeper = load_model(out / "model.safetensors")
+    assert deeper.config == replace(first.config, n_layers=first.config.n_layers + 2)
+    assert "tokens had fallen together" in capsys.readouterr().out
+    assert (deeper.blocks[-1].attn.o_proj.weight != 0).any()
+    for old, new in zip(first.blocks.parameters(), deeper.blocks[:-2].parameters(), strict=True):
+        assert torch.equal(old, new)
+    with pytest.raises(SystemExit):
+        main(["--tales", "20", "--deepen", "2", "--out", str(tmp_path / "third")])
+    assert "--deepen: give --start too" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_settings(tmp_path, capsys):
