@@ -607,11 +607,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     out = options.out
-    _check_start(options)
+    _check(options)
     _remember(options)
     tokenizer = _tokens(options)
     torch.manual_seed(options.seed)
-    model = _model(options, tokenizer.vocab_size)
+    model = _model(options, tokenizer)
     if options.by_document:
         make, unit = make_document_loader, {"end_id": tokenizer.special_tokens[END]}
     else:
@@ -642,8 +642,10 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{out / 'model.safetensors'}: held-out loss {log['val_loss'].iloc[-1]:.3f} nats a token")
 
 
-def _check_start(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> None:
     """Refuse a shape beside --start, whose model has its own, and without it what needs a model."""
+    if options.recall and options.recall_unknown:
+        raise ValueError("--recall and --recall-unknown say what to ask for in two ways: give one")
     shape = ("parts", "vocab_size", "d_model", "n_layers", "n_heads")
     changes = ("part_twins", "deepen")
     barred = shape if options.start else changes
@@ -655,7 +657,8 @@ def _check_start(options: argparse.Namespace) -> None:
         raise ValueError(f"{names}: the model of {options.start} has its own shape, leave them out")
 
 
-def _model(options: argparse.Namespace, vocab_size: int) -> GPT:
+def _model(options: argparse.Namespace, tokenizer: BPETokenizer) -> GPT:
+    vocab_size = tokenizer.vocab_size
     if options.start:
         model = load_model(options.start / "model.safetensors")
         if model.config.vocab_size != vocab_size or model.config.max_seq_len < options.max_seq_len:
@@ -666,7 +669,8 @@ def _model(options: argparse.Namespace, vocab_size: int) -> GPT:
         if options.part_twins:
             used = torch.from_numpy(np.unique(open_tokens(options.out / "train.npy")).astype(np.int64))
             twins = part_twins(model, used)
-            print(f"{len(twins)} tokens had fallen together: {' '.join(map(str, twins.tolist()))}")
+            words = [tokenizer.decode([i]) for i in twins.tolist()]
+            print(f"{len(words)} tokens had fallen together: {words}")
         return deepen(model, options.deepen) if options.deepen else model
     kind = {"gpt": GPTConfig, "llama": LlamaConfig}[options.parts]
     return GPT(

@@ -611,6 +611,9 @@ def test_the_command_line_goes_on_with_a_deeper_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--tales", "20", "--deepen", "2", "--out", str(tmp_path / "third")])
     assert "--deepen: give --start too" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--tales", "20", "--recall", "2", "--recall-unknown", "--out", str(tmp_path / "third")])
+    assert "--recall and --recall-unknown" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_settings(tmp_path, capsys):
