@@ -379,6 +379,8 @@ def deepen(model: GPT, n_blocks: int) -> GPT:
     looks for what resembles, queries and keys being alike, and adds a tenth of that: so it learns soon what
     to copy, as in Trockman and Kolter 2023, arXiv:2305.09828.
     """
+    if n_blocks < 1:
+        raise ValueError(f"n_blocks={n_blocks} must be at least 1: blocks are added, none is taken away")
     n_old = model.config.n_layers
     deeper = GPT(replace(model.config, n_layers=n_old + n_blocks))
     deeper.load_state_dict(model.state_dict(), strict=False)
@@ -620,15 +622,11 @@ def _run(options: argparse.Namespace) -> None:
     loader = make(out / "train.npy", seed=options.seed, **sizes)
     held_out = make(out / "validation.npy", shuffle=False, drop_last=False, **sizes)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {precision().reason}")
+    rare = rare_tokens(out / "train.npy", tokenizer.vocab_size)
     if options.recall:
-        loader = Recall(
-            loader,
-            rare_tokens(out / "train.npy", tokenizer.vocab_size),
-            options.recall,
-            3 * options.steps // 4,
-        )
+        loader = Recall(loader, rare, options.recall, 3 * options.steps // 4)
     elif options.recall_unknown:
-        loader = RecallUnknown(loader, rare_tokens(out / "train.npy", tokenizer.vocab_size), model)
+        loader = RecallUnknown(loader, rare, model)
     config = (MuonConfig if options.muon else TrainingConfig)(
         n_steps=options.steps, lr=options.lr, n_warmup=options.warmup, eval_every=options.eval_every
     )

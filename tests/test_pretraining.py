@@ -210,6 +210,8 @@ def test_new_blocks_pass_on_what_they_read_and_are_trained_alone(n_kv_heads):
     before, after = model.state_dict(), deeper.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not torch.equal(fresh, deeper.blocks[-1].attn.k_proj.weight)
+    with pytest.raises(ValueError, match="n_blocks=-1 must be at least 1"):
+        deepen(model, -1)
 
 
 def test_a_new_block_copies_what_resembles():
