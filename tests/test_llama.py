@@ -55,6 +55,32 @@ def test_rms_norm_is_its_formula():
     assert [name for name, _ in norm.named_parameters()] == ["weight"]
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
+def test_gradients_of_rms_norm_are_those_of_pytorch(shape):
+    norm = RMSNorm(4, eps=0.1).double()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    d_y = torch.randn_like(x)
+    theirs = nn.functional.rms_norm(x, (4,), norm.weight, 0.1)
+    inputs = [x, norm.weight]
+    expected = torch.autograd.grad(theirs, inputs, d_y)
+    torch.testing.assert_close(norm(x), theirs)
+    torch.testing.assert_close(torch.autograd.grad(norm(x), inputs, d_y), expected)
+    norm.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(norm(x), x, d_y)[0], expected[0])
+
+
+def test_rms_norm_keeps_the_type_of_its_input():
+    norm = RMSNorm(64).to(torch.bfloat16)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    traced = x.clone().requires_grad_()
+    y = norm(traced)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, norm(x))
+    y.sum().backward()
+    assert traced.grad.dtype == torch.bfloat16
+
+
 def test_swiglu_is_its_formula():
     ffn, x = SwiGLU(4, 9, bias=True), torch.randn(2, 3, 4)
     gate = x @ ffn.gate_proj.weight.T + ffn.gate_proj.bias
