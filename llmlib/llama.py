@@ -35,24 +35,24 @@ class _RMSNorm(torch.autograd.Function):
     """Return u w, where u is x over the root r of its mean square; or, with g = d_y w, the gradients for x,
     (g − u mean(g u)) / r, and for w.
 
-    Written out, since PyTorch's own takes twice the time on a CPU, forward and backward together.
+    Written out, since forward and backward together take a third less time on a CPU than PyTorch's own.
     """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)  # (B, 1)
-        scale = (norm.square() / len(weight) + eps).rsqrt()  # 1 / r
-        unit = exact * scale  # (B, C)
-        ctx.save_for_backward(unit, scale, weight)
-        return (unit * weight).to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y):
-        unit, scale, weight = ctx.saved_tensors
-        d_y = d_y.to(unit.dtype)
-        g = d_y * weight  # (B, C)
+        x, weight = ctx.saved_tensors
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x, d_y = x.to(exact), d_y.to(exact)
+        mean_square = torch.linalg.vecdot(x, x)[..., None] / len(weight)  # (B, 1)
+        scale = (mean_square + ctx.eps).rsqrt()  # 1 / r
+        unit, g = x * scale, d_y * weight  # (B, C) each
         mean = torch.linalg.vecdot(g, unit)[..., None] / len(weight)  # (B, 1)
         d_weight = (d_y * unit).view(-1, len(weight)).sum(dim=0) if ctx.needs_input_grad[1] else None
         return g.addcmul_(unit, mean, value=-1).mul_(scale), d_weight, None
