@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
     """Return u w, where u is x over the root r of its mean square; or, with g = d_y w, the gradients for x,
     (g − u mean(g u)) / r, and for w.
 
-    Written out, since forward and backward together take about a quarter less time on a CPU so.
+    The gradients are written out: with them, both passes take about a quarter less time on a CPU.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         scale = (mean_square + ctx.eps).rsqrt()  # 1 / r
         unit, g = x * scale, d_y * weight  # (B, C) each
         mean = torch.linalg.vecdot(g, unit)[..., None] / len(weight)  # (B, 1)
-        d_weight = (d_y * unit).view(-1, len(weight)).sum(dim=0) if ctx.needs_input_grad[1] else None
+        d_weight = (d_y * unit).reshape(-1, len(weight)).sum(dim=0) if ctx.needs_input_grad[1] else None
         return g.addcmul_(unit, mean, value=-1).mul_(scale), d_weight, None
 
 

@@ -59,8 +59,8 @@ def test_rms_norm_is_its_formula():
 def test_gradients_of_rms_norm_are_those_of_pytorch(shape):
     norm = RMSNorm(4, eps=0.1).double()
     nn.init.normal_(norm.weight)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    d_y = torch.randn_like(x)
+    x, d_y = (torch.randn(shape[::-1], dtype=torch.float64).permute(*range(len(shape))[::-1]) for _ in "xy")
+    x.requires_grad_()
     theirs = nn.functional.rms_norm(x, (4,), norm.weight, 0.1)
     inputs = [x, norm.weight]
     expected = torch.autograd.grad(theirs, inputs, d_y)
