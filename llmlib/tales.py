@@ -202,11 +202,14 @@ def _find(story: Choice, text: str, bias: Bias) -> tuple[dict[str, str], tuple]:
                 tellings.append((start, (*option, *rest), words, (*trail, step)))
         elif isinstance(node, Draw):
             left, weights = _left(node, words, bias)
-            for i, word in enumerate(left):
-                if text.startswith(node.forms[word], start):
-                    step = (i, weights[i] / sum(weights))
-                    end = start + len(node.forms[word])
-                    tellings.append((end, rest, {**words, node.variable: word}, (*trail, step)))
+            forms = [node.forms[word] for word in left]
+            fitting = [i for i, form in enumerate(forms) if text.startswith(form, start)]
+            for i in fitting:
+                step = (i, weights[i] / sum(weights))
+                end = start + len(forms[i])
+                tellings.append((end, rest, {**words, node.variable: left[i]}, (*trail, step)))
+            if not fitting:
+                stuck[start] += [node, *forms]
         else:
             piece = node if isinstance(node, str) else node.forms[words[node.variable]]
             if not text.startswith(piece, start) or (not rest and start < len(text)):

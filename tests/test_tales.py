@@ -231,6 +231,12 @@ def test_a_parse_error_names_the_longest_prefix(small):
             small.parse(story.replace(right, wrong))
         assert error.value.variable == variable
         assert error.value.prefix == story[: story.index(right) + (4 if "For" in right else 0)]
+    with pytest.raises(ParseError, match="the wrong word for 'friend'") as error:
+        small.parse(story.replace("Tom", "Mia"))  # a word that is taken can't be drawn again
+    assert error.value.variable == "friend" and error.value.prefix == "Mia met "
+    with pytest.raises(ParseError) as error:
+        small.parse(story.replace("a kite", "a kitchen"))
+    assert error.value.prefix == "Mia met Tom.\nShe wanted a kit" and error.value.variable is None
     with pytest.raises(ParseError, match="no story goes on like this") as error:
         small.parse(story.replace("wanted", "wasted"))
     assert error.value.prefix == "Mia met Tom.\nShe wa" and error.value.variable is None
