@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,10 @@ _PARTS = {
     "ffn": "feed-forward",
     "lm_head": "output head",
 }
+
+
+# From the probabilities and targets of n tokens, the sum of their losses, and its gradient for each logit.
+LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +189,19 @@ class GPT(nn.Module):
             x = block(x, cache, mask)
         return self.final_norm(x)
 
-    def loss(self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B _"]) -> Float[Tensor, ""]:
-        """Return the mean of −log p(target), in nats, over the targets that are not −100."""
+    def loss(
+        self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B _"], *, of: LossOf | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the mean of −log p(target), in nats, over the targets that are not −100.
+
+        Another loss of the probabilities can be given with `of`.
+        """
         if ids.shape != targets.shape:
             raise ValueError(
                 f"tokens of shape {tuple(ids.shape)} need as many targets, got {tuple(targets.shape)}"
             )
-        return linear_cross_entropy(self.hidden(ids).flatten(0, 1), self.lm_head.weight, targets.flatten())
+        x = self.hidden(ids).flatten(0, 1)  # (B T, C)
+        return linear_loss(x, self.lm_head.weight, targets.flatten(), of or cross_entropy)
 
 
 def _unpadded(start: int, end: int, padding: Int64[Tensor, " B"]) -> Bool[Tensor, "B T S"]:
@@ -242,13 +252,26 @@ def init_weights(model: nn.Module, n_layers: int) -> None:
             parameter.normal_(std=0.02)
 
 
-def linear_cross_entropy(
-    x: Float[Tensor, "N C"], weight: Float[Tensor, "V C"], targets: Int64[Tensor, " N"], n_rows: int = 256
-) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy of the logits x weightᵀ, in nats, over the targets that are not −100.
+def cross_entropy(
+    p: Float[Tensor, "n V"], targets: Int64[Tensor, "n 1"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n V"]]:
+    """Return the sum of −log p(target), and the gradient for each logit: its p, less 1 at the target."""
+    loss = -p.gather(1, targets).clamp(min=torch.finfo(p.dtype).tiny).log().sum()
+    return loss, p.scatter_add(1, targets, p.new_full(targets.shape, -1))
 
-    The logits, the largest tensor of a training step, exist for `n_rows` tokens at a time, and never for the
-    whole batch. ValueError on targets beyond the vocabulary, and where all of them are −100.
+
+def linear_loss(
+    x: Float[Tensor, "N C"],
+    weight: Float[Tensor, "V C"],
+    targets: Int64[Tensor, " N"],
+    of: LossOf = cross_entropy,
+    n_rows: int = 256,
+) -> Float[Tensor, ""]:
+    """Return the mean loss of the probabilities softmax(x weightᵀ), over the targets that are not −100.
+
+    Probabilities and logits, the largest tensors of a training step, exist for `n_rows` tokens at a time, and
+    never for the whole batch. `of` gives the sum of their losses, and the gradients of the logits.
+    ValueError on targets beyond the vocabulary, and where all of them are −100.
     """
     counted = targets != IGNORE_INDEX
     if not counted.any():
@@ -258,17 +281,14 @@ def linear_cross_entropy(
     _check_ids("targets", targets, len(weight))
     if not torch.is_grad_enabled():  # a Function would compute gradients even so
         x, weight = x.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(x, weight, targets, n_rows) / len(targets)
+    return _LinearLoss.apply(x, weight, targets, of, n_rows) / len(targets)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum −log softmax(x weightᵀ) at the targets, and take the gradients at once, while the logits are there.
-
-    The gradient of a logit is its probability, less 1 at the target.
-    """
+class _LinearLoss(torch.autograd.Function):
+    """Sum the losses of softmax(x weightᵀ), and take the gradients at once, while the logits are there."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, n_rows):
+    def forward(ctx, x, weight, targets, of, n_rows):
         dtype = compute_dtype(x)
         exact = torch.promote_types(dtype, torch.float32)
         x, w = x.to(dtype), weight.to(dtype)
@@ -277,9 +297,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         for rows, d_rows, ids in zip(*(t.split(n_rows) for t in (x, d_x, targets[:, None])), strict=True):
             p = F.softmax(rows @ w.mT, dim=-1, dtype=exact)  # (n, V)
-            loss -= p.gather(1, ids).clamp(min=torch.finfo(exact).tiny).log().sum()
+            part, d_logits = of(p, ids)
+            loss, d_logits = loss + part, d_logits.to(dtype)
             if any(ctx.needs_input_grad):
-                d_logits = p.scatter_add_(1, ids, p.new_full(ids.shape, -1)).to(dtype)
                 torch.mm(d_logits, w, out=d_rows)
             if d_weight is not None:
                 d_weight += d_logits.mT @ rows
@@ -293,7 +313,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "this loss has first derivatives only: use F.cross_entropy on the logits"
             )
         d_x, d_weight = ctx.saved_tensors
-        return d_x * d_loss, None if d_weight is None else d_weight * d_loss, None, None
+        return d_x * d_loss, None if d_weight is None else d_weight * d_loss, None, None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from llmlib.data import (
     save_tokens,
     split_documents,
 )
-from llmlib.gpt import GPT, GPTConfig
+from llmlib.gpt import GPT, GPTConfig, LossOf, cross_entropy
 from llmlib.llama import LlamaConfig
 from llmlib.resources import write_beside
 from llmlib.tokenization import BPETokenizer, train_bpe
@@ -53,7 +54,8 @@ class TrainingConfig:
 
     The learning rate rises to `lr` in `n_warmup` steps, and falls along a cosine to `final_lr` × `lr`.
     Gradients longer than `max_norm` are shortened to it. Every `eval_every` steps the model is evaluated,
-    and saved where `train` has a folder. A subclass with another `optimizer` trains by another rule.
+    and saved where `train` has a folder. `tail` is the weight of `punish_tail` in the loss, for a GPT.
+    A subclass with another `optimizer` trains by another rule.
     """
 
     n_steps: int
@@ -65,6 +67,7 @@ class TrainingConfig:
     max_norm: float = 1.0
     n_accumulate: int = 1
     eval_every: int = 200
+    tail: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "n_accumulate", "eval_every"):
@@ -72,6 +75,8 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.tail < 0:
+            raise ValueError(f"tail is a weight, 0 for none, got {self.tail}: it can't be negative")
         if not 0 <= self.n_warmup <= self.n_steps:
             raise ValueError(f"n_warmup={self.n_warmup} must lie between 0 and n_steps={self.n_steps}")
 
@@ -127,11 +132,11 @@ def train(
     The loader is one of `make_loader` or `make_document_loader`. Any module will do that has a method
     `loss(ids, targets)`, as `GPT` has; with a `folder`, it needs a dataclass `config` too, to be saved.
 
-    A row holds the tokens so far, padding among them, the learning rate, the loss in nats, the length of the
-    gradient, the seconds so far, and at every evaluation the validation loss. With a `folder`, a run that was
-    stopped goes on from its last checkpoint, and on a CPU repeats bit for bit what it would have done.
-    FloatingPointError where loss or gradient are no longer finite; the weights are then still those of the
-    step before.
+    A row holds the tokens so far, padding among them, the learning rate, the loss in nats (`tail` in it), the
+    length of the gradient, the seconds so far, and at every evaluation the validation loss. With a `folder`,
+    a run that was stopped goes on from its last checkpoint, and on a CPU repeats bit for bit what it would
+    have done. FloatingPointError where loss or gradient are no longer finite; the weights are then still
+    those of the step before.
     """
     optimizer = config.optimizer(model)
     highest = [group["lr"] for group in optimizer.param_groups]
@@ -140,6 +145,7 @@ def train(
     batches = _endless(loader, len(rows) * config.n_accumulate)
     n_tokens, seconds = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
     begin = time.perf_counter() - seconds
+    loss_of = partial(model.loss, of=punish_tail(config.tail)) if config.tail else model.loss
     model.train()
     steps = range(len(rows) + 1, config.n_steps + 1)
     with tqdm(steps, initial=len(rows), total=config.n_steps, leave=False, disable=not progress) as bar:
@@ -147,7 +153,7 @@ def train(
             lr = learning_rate(step, config)
             for group, high in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = high * lr / config.lr
-            loss, n_new = accumulate_gradients(model, batches, config.n_accumulate)
+            loss, n_new = accumulate_gradients(model, batches, config.n_accumulate, loss_of)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm).item()
             if not math.isfinite(loss + norm):
                 saved = None if folder is None else last_checkpoint(folder)
@@ -171,17 +177,42 @@ def train(
 
 
 def accumulate_gradients(
-    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], n_batches: int
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    n_batches: int,
+    loss_of: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[float, int]:
-    """Add up the gradients of the mean loss of `n_batches` batches; return that loss, and the tokens read."""
+    """Add up the gradients of the mean loss of `n_batches` batches; return that loss, and the tokens read.
+
+    The loss of IDs and targets is `model.loss` unless given.
+    """
+    loss_of = loss_of or model.loss
     loss, n_tokens = 0.0, 0
     for _ in range(n_batches):
         ids, targets = (t.to(_device(model)) for t in next(batches))
         with autocast(model):
-            part = model.loss(ids, targets) / n_batches
+            part = loss_of(ids, targets) / n_batches
         part.backward()
         loss, n_tokens = loss + part.item(), n_tokens + ids.numel()
     return loss, n_tokens
+
+
+def punish_tail(weight: float, limit: float = 1e-3) -> LossOf:
+    """Add to the cross-entropy `weight` times the probability of the tail: of all tokens but the target that
+    the model gives less than `limit`.
+
+    A softmax gives no token 0, and what it gives to thousands that can't come adds up. This suits texts
+    in which whatever can come is likelier than the limit. It is a kind of unlikelihood (Welleck et al. 2019,
+    arXiv:1908.04319), whose candidates are the tokens that the model itself holds for unlikely.
+    """
+
+    def loss_of(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        tail = p.where(p < limit, 0).scatter(1, targets, 0)  # (n, V)
+        mass = tail.sum(dim=-1, keepdim=True)  # (n, 1)
+        loss, d_logits = cross_entropy(p, targets)
+        return loss + weight * mass.sum(), d_logits.add_(tail.addcmul_(p, mass, value=-1), alpha=weight)
+
+    return loss_of
 
 
 @torch.no_grad()
@@ -587,6 +618,13 @@ def _arguments() -> argparse.ArgumentParser:
         "--part-twins", action="store_true", help="with --start: turn apart vectors that have fallen together"
     )
     add("--deepen", type=int, default=0, metavar="N", help="with --start: train N new blocks on top, alone")
+    add(
+        "--tail",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="add W times the probability of unlikely tokens that did not come to the loss",
+    )
     add("--steps", type=int, default=2000)
     add("--lr", type=float, default=3e-3, help="highest learning rate")
     add("--warmup", type=int, default=100, help="steps until the highest learning rate")
@@ -628,7 +666,11 @@ def _run(options: argparse.Namespace) -> None:
     elif options.recall_unknown:
         loader = RecallUnknown(loader, rare, model)
     config = (MuonConfig if options.muon else TrainingConfig)(
-        n_steps=options.steps, lr=options.lr, n_warmup=options.warmup, eval_every=options.eval_every
+        n_steps=options.steps,
+        lr=options.lr,
+        n_warmup=options.warmup,
+        eval_every=options.eval_every,
+        tail=options.tail,
     )
     watchers: list[Watcher] = [_report]
     if options.tensorboard:

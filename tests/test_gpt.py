@@ -28,7 +28,7 @@ from llmlib.gpt import (
     count_flops,
     count_parameters,
     greedy,
-    linear_cross_entropy,
+    linear_loss,
 )
 from llmlib.llama import LlamaConfig
 from tests.caches import GrowingCache
@@ -263,26 +263,26 @@ def gradients_of(loss_function, *tensors):
 @pytest.mark.parametrize("ignored", [0, 3, 9])
 @pytest.mark.parametrize("n_rows", [1, 3, 5, 10, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_linear_cross_entropy_is_pytorchs(dtype, n_rows, ignored):
+def test_linear_loss_is_pytorchs(dtype, n_rows, ignored):
     x, weight, targets = loss_case(dtype=dtype, ignored=ignored)
-    ours = gradients_of(lambda x, w: linear_cross_entropy(x, w, targets, n_rows), x, weight)
+    ours = gradients_of(lambda x, w: linear_loss(x, w, targets, n_rows=n_rows), x, weight)
     theirs = gradients_of(lambda x, w: F.cross_entropy(x @ w.T, targets), x, weight)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b)
 
 
-def test_linear_cross_entropy_by_finite_differences():
+def test_linear_loss_by_finite_differences():
     x, weight, targets = loss_case(N=4, C=3, V=3, dtype=torch.float64, ignored=1)
     inputs = x.requires_grad_(), weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets, 3), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: linear_loss(x, w, targets, n_rows=3), inputs)
 
 
-def test_linear_cross_entropy_in_bfloat16():
+def test_linear_loss_in_bfloat16():
     x, weight, targets = loss_case(N=60, C=32, V=50)
     weight /= math.sqrt(32)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = gradients_of(lambda x, w: linear_cross_entropy(x, w, targets, 16), x, weight)
+        ours = gradients_of(lambda x, w: linear_loss(x, w, targets, n_rows=16), x, weight)
     theirs = gradients_of(lambda x, w: F.cross_entropy(x @ w.T, targets), x, weight)
     torch.testing.assert_close(ours[0], theirs[0], atol=0, rtol=5e-3)
     for a, b in zip(ours[1:], theirs[1:], strict=True):
@@ -290,30 +290,30 @@ def test_linear_cross_entropy_in_bfloat16():
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_linear_cross_entropy_stays_finite_for_large_logits():
+def test_linear_loss_stays_finite_for_large_logits():
     x, weight, targets = loss_case()
-    ours = gradients_of(lambda x, w: linear_cross_entropy(x, w, targets), 300 * x, weight)
+    ours = gradients_of(lambda x, w: linear_loss(x, w, targets), 300 * x, weight)
     assert all(tensor.isfinite().all() for tensor in ours)
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight"])
-def test_linear_cross_entropy_where_one_side_is_frozen(wanted):
+def test_linear_loss_where_one_side_is_frozen(wanted):
     x, weight, targets = loss_case()
     leaf = {"x": x, "weight": weight}[wanted].requires_grad_()
-    linear_cross_entropy(x, weight, targets, 4).backward()
+    linear_loss(x, weight, targets, n_rows=4).backward()
     ours, leaf.grad = leaf.grad, None
     F.cross_entropy(x @ weight.T, targets).backward()
     torch.testing.assert_close(ours, leaf.grad)
     assert (weight if wanted == "x" else x).grad is None
 
 
-def test_linear_cross_entropy_without_gradients():
+def test_linear_loss_without_gradients():
     x, weight, targets = loss_case()
     expected = F.cross_entropy(x @ weight.T, targets)
-    torch.testing.assert_close(linear_cross_entropy(x, weight, targets), expected)
+    torch.testing.assert_close(linear_loss(x, weight, targets), expected)
     x.requires_grad_()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        loss = linear_cross_entropy(x, weight, targets)
+        loss = linear_loss(x, weight, targets)
     n_counted = int((targets != IGNORE_INDEX).sum())
     assert counter.get_total_flops() == 2 * n_counted * x.shape[1] * len(
         weight
@@ -337,7 +337,7 @@ def test_no_logits_of_the_whole_batch():
     x, weight, targets = loss_case(N=64, C=4, V=100)
     x.requires_grad_()
     with LargestTensor() as largest:
-        linear_cross_entropy(x, weight, targets, n_rows=8).backward()
+        linear_loss(x, weight, targets, n_rows=8).backward()
     assert largest.numel == 8 * 100
 
 
@@ -626,9 +626,9 @@ def test_the_encoder_decoder_begins_near_a_guess():
 def test_an_ignored_row_may_hold_anything():
     x, weight, targets = loss_case()
     ignored = (targets == IGNORE_INDEX)[:, None]
-    expected = linear_cross_entropy(x, weight, targets)
+    expected = linear_loss(x, weight, targets)
     x = x.masked_fill(ignored, math.nan).requires_grad_()
-    loss = linear_cross_entropy(x, weight, targets)
+    loss = linear_loss(x, weight, targets)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert x.grad.isfinite().all()
@@ -639,7 +639,7 @@ def test_the_number_of_rows_at_once_changes_no_gradient_of_bfloat16_weights():
     targets, gradients = torch.randint(16, (4096,)), []
     for n_rows in (32, 4096):
         leaf = weight.clone().requires_grad_()
-        linear_cross_entropy(x, leaf, targets, n_rows).backward()
+        linear_loss(x, leaf, targets, n_rows=n_rows).backward()
         gradients.append(leaf.grad.float())
     assert (gradients[0] - gradients[1]).norm() < 0.005 * gradients[1].norm()
 
@@ -647,14 +647,14 @@ def test_the_number_of_rows_at_once_changes_no_gradient_of_bfloat16_weights():
 def test_a_frozen_head_costs_no_gradient():
     x, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (6,))
     with FlopCounterMode(display=False) as counter:
-        linear_cross_entropy(x, weight, targets).backward()
+        linear_loss(x, weight, targets).backward()
     assert counter.get_total_flops() == 2 * (2 * 6 * 4 * 9)  # the logits, and the gradient of x
 
 
 def test_second_derivatives_are_refused():
     x, weight, targets = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (6,))
     with pytest.raises(NotImplementedError, match="first derivatives only"):
-        torch.autograd.grad(linear_cross_entropy(x, weight, targets), x, create_graph=True)
+        torch.autograd.grad(linear_loss(x, weight, targets), x, create_graph=True)
 
 
 def test_autocast_spares_double_precision():

@@ -36,6 +36,7 @@ from llmlib.pretraining import (
     orthogonalize,
     part_twins,
     precision,
+    punish_tail,
     rare_tokens,
     save_checkpoint,
     save_model,
@@ -91,6 +92,39 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     assert loss == pytest.approx(half_loss, rel=1e-2) and n_tokens == half_tokens == 64
     for a, b in zip(large.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=2e-3, rtol=0.05)
+
+
+def test_the_tail_is_what_is_unlikely_and_did_not_come():
+    p = torch.tensor([[0.5, 0.4995, 0.0002, 0.0003], [0.0004, 0.9988, 0.0003, 0.0005]], dtype=torch.float64)
+    targets = torch.tensor([[0], [0]])  # unlikely in the second row, but it came
+    loss, _ = punish_tail(10.0)(p, targets)
+    tail = (0.0002 + 0.0003) + (0.0003 + 0.0005)
+    assert loss.item() == pytest.approx(-math.log(0.5) - math.log(0.0004) + 10 * tail)
+    assert punish_tail(10.0, limit=0.00025)(p, targets)[0] < loss
+
+
+def test_the_gradients_of_the_tail_are_pytorchs():
+    logits = torch.randn(6, 40, dtype=torch.float64).mul_(4).requires_grad_()
+    targets = torch.randint(40, (6, 1))
+    p = logits.softmax(dim=-1)
+    unlikely = (p < 0.01).scatter(1, targets, False)
+    assert 20 < unlikely.sum() < 230
+    loss = -p.gather(1, targets).log().sum() + 5 * p[unlikely].sum()
+    ours, d_logits = punish_tail(5.0, limit=0.01)(p.detach(), targets)
+    torch.testing.assert_close(ours, loss.detach())
+    torch.testing.assert_close(d_logits, torch.autograd.grad(loss, logits)[0])
+
+
+def test_training_with_the_tail_makes_it_smaller():
+    ids, targets = next(iter(loader(shuffle=False)))
+    wasted = []
+    for tail in (0.0, 10.0):
+        model = tiny(config=replace(TINY, dropout=0.0))
+        config = TrainingConfig(n_steps=300, n_warmup=5, lr=1e-2, tail=tail)
+        train(model, loader(), config, progress=False)
+        p = model(ids).softmax(dim=-1)  # (B, T, V)
+        wasted.append(1 - p.gather(-1, targets[..., None]).mean().item())
+    assert 0 < wasted[1] < 0.5 * wasted[0]
 
 
 def test_learning_rate_rises_and_falls():
@@ -335,6 +369,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         (dict(n_accumulate=0), "n_accumulate must be at least 1, got 0"),
         (dict(lr=0.0), "lr must be above 0, got 0.0"),
         (dict(lr=math.nan), "lr must be above 0, got nan"),
+        (dict(tail=-1.0), "tail is a weight, 0 for none, got -1.0"),
         (dict(n_warmup=13), "n_warmup=13 must lie between 0 and n_steps=12"),
     ],
 )
@@ -576,6 +611,15 @@ def test_the_command_line_has_muon_and_recall(tmp_path):
     run(tmp_path, "--tales", "30", "--by-document", "--muon", "--recall", "2")
     state = torch.load(last_checkpoint(tmp_path / "out" / "checkpoints") / "training.pt", weights_only=True)
     assert len(state["optimizer"]) == 2
+
+
+def test_the_command_line_punishes_the_tail(tmp_path, monkeypatch):
+    weights = []
+    monkeypatch.setattr(
+        pretraining, "punish_tail", lambda weight: weights.append(weight) or punish_tail(weight)
+    )
+    run(tmp_path, "--tales", "30", "--by-document", "--tail", "7")
+    assert weights == [7.0]
 
 
 def test_the_command_line_goes_on_from_a_finished_run(tmp_path, capsys):
