@@ -1,3 +1,4 @@
+import contextlib
 import math
 import multiprocessing
 import random
@@ -16,11 +17,13 @@ from torch import nn
 
 from llmlib import pretraining, tales
 from llmlib.data import join_documents, make_document_loader, make_loader, open_tokens
+from llmlib.generation import generate
 from llmlib.gpt import GPT, GPTConfig
 from llmlib.llama import LlamaConfig, RMSNorm
 from llmlib.pretraining import (
     Muon,
     MuonConfig,
+    Precision,
     Recall,
     RecallUnknown,
     TrainingConfig,
@@ -152,6 +155,8 @@ def test_the_optimizer_leaves_frozen_weights_alone():
 
 
 def test_orthogonalize_keeps_directions_and_evens_their_lengths():
+    stack = torch.randn(3, 5, 4)
+    torch.testing.assert_close(orthogonalize(stack), torch.stack([orthogonalize(x) for x in stack]))
     for shape in ((6, 6), (4, 9), (9, 4)):
         x = torch.randn(shape)
         u, s, v = torch.linalg.svd(x, full_matrices=False)
@@ -162,9 +167,11 @@ def test_orthogonalize_keeps_directions_and_evens_their_lengths():
 
 
 def test_muon_is_that_of_torch(monkeypatch):
-    """PyTorch's orthogonalizes in bfloat16: here it is told to keep float32."""
+    """PyTorch's orthogonalizes in bfloat16: here both are told to keep float32."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    ours, theirs = [[nn.Parameter(m.clone()) for m in (torch.ones(6, 3), torch.eye(4))] for _ in range(2)]
+    monkeypatch.setattr(pretraining, "precision", lambda device: Precision(torch.float32, "for this test"))
+    start = torch.ones(6, 3), torch.eye(4), torch.zeros(6, 3)
+    ours, theirs = [[nn.Parameter(m.clone()) for m in start] for _ in range(2)]
     options = dict(lr=0.1, momentum=0.9, weight_decay=0.2)
     optimizers = Muon(ours, **options), torch.optim.Muon(theirs, **options)
     for seed in range(5):
@@ -175,6 +182,20 @@ def test_muon_is_that_of_torch(monkeypatch):
             optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_in_bfloat16_steps_alike(monkeypatch):
+    gradient, steps = torch.randn(32, 16), []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(
+            pretraining, "precision", lambda device, dtype=dtype: Precision(dtype, "for this test")
+        )
+        p = nn.Parameter(torch.zeros(32, 16))
+        p.grad = gradient.clone()
+        Muon([p], lr=1.0).step()
+        assert p.dtype == torch.float32
+        steps.append(p.detach())
+    assert 0 < (steps[0] - steps[1]).norm() < 0.06 * steps[0].norm()
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
@@ -710,6 +731,18 @@ def test_tensorboard_missing_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
         pretraining.TensorBoard(tmp_path)
+
+
+def test_the_model_of_the_tales_tells_whole_stories():
+    model, tokenizer = load_tales_gpt()
+    end = tokenizer.special_tokens["<|endoftext|>"]
+    dice, starts = torch.Generator().manual_seed(0), torch.full((200, 1), end)
+    n_whole = 0
+    for row in generate(model.eval(), starts, 300, stop_ids=[end], generator=dice).tolist():
+        text = tokenizer.decode(row[1 : row.index(end, 1)] if end in row[1:] else row[1:])
+        with contextlib.suppress(tales.ParseError):
+            n_whole += bool(tales.parse(text))
+    assert n_whole >= 170  # of 200, where nine in ten are usual
 
 
 def test_the_model_of_the_tales_is_near_the_floor():
