@@ -217,6 +217,22 @@ def punish_tail(weight: float, limit: float = 1e-3) -> LossOf:
 
 
 @torch.no_grad()
+def measure_tail(
+    model: GPT, loader: Iterable[tuple[Tensor, Tensor]], limit: float = 1e-3
+) -> tuple[float, int]:
+    """Return what `model` gives to the tail of `punish_tail`, the target included, added up over all targets
+    of `loader`, and how many targets came from it. Where the first number is larger, the model wastes it.
+    """
+    drawn, came = 0.0, 0
+    for ids, targets in loader:
+        counted = (targets != IGNORE_INDEX).to(_device(model))
+        p = model(ids.to(_device(model))).softmax(dim=-1)[counted]  # (N, V)
+        drawn += p[p < limit].sum().item()
+        came += int((p.gather(1, targets.to(p.device)[counted][:, None]) < limit).sum())
+    return drawn, came
+
+
+@torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the mean loss in nats over all targets of `loader`, without dropout."""
     was_training, total, n_targets = model.training, 0.0, 0

@@ -36,6 +36,7 @@ from llmlib.pretraining import (
     load_model,
     load_tales_gpt,
     main,
+    measure_tail,
     orthogonalize,
     part_twins,
     precision,
@@ -104,6 +105,19 @@ def test_the_tail_is_what_is_unlikely_and_did_not_come():
     tail = (0.0002 + 0.0003) + (0.0003 + 0.0005)
     assert loss.item() == pytest.approx(-math.log(0.5) - math.log(0.0004) + 10 * tail)
     assert punish_tail(10.0, limit=0.00025)(p, targets)[0] < loss
+
+
+def test_the_tail_is_measured():
+    model = tiny().eval()
+    batches = [(ids, targets.clone()) for ids, targets in islice(loader(), 2)]
+    batches[0][1][0, :3] = -100
+    p = torch.cat([model(ids)[targets >= 0].softmax(dim=-1) for ids, targets in batches])
+    came = torch.cat([targets[targets >= 0] for _, targets in batches])
+    limit = p.median().item()
+    drawn, n_came = measure_tail(model, batches, limit)
+    assert len(p) == 61 and drawn == pytest.approx(p[p < limit].sum().item())
+    assert 0 < n_came < 61 and n_came == (p[range(61), came] < limit).sum()
+    assert measure_tail(model, batches, limit=0.0) == (0.0, 0)
 
 
 def test_the_gradients_of_the_tail_are_pytorchs():
