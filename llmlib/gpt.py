@@ -135,6 +135,14 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
+def cross_entropy(
+    p: Float[Tensor, "n V"], targets: Int64[Tensor, "n 1"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n V"]]:
+    """Return the sum of −log p(target), and the gradient for each logit: its p, less 1 at the target."""
+    loss = -p.gather(1, targets).clamp(min=torch.finfo(p.dtype).tiny).log().sum()
+    return loss, p.scatter_add(1, targets, p.new_full(targets.shape, -1))
+
+
 class GPT(nn.Module):
     """Predict, at every position of a text, the token that follows.
 
@@ -190,7 +198,7 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def loss(
-        self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B _"], *, of: LossOf | None = None
+        self, ids: Int64[Tensor, "B T"], targets: Int64[Tensor, "B _"], *, of: LossOf = cross_entropy
     ) -> Float[Tensor, ""]:
         """Return the mean of −log p(target), in nats, over the targets that are not −100.
 
@@ -201,7 +209,7 @@ class GPT(nn.Module):
                 f"tokens of shape {tuple(ids.shape)} need as many targets, got {tuple(targets.shape)}"
             )
         x = self.hidden(ids).flatten(0, 1)  # (B T, C)
-        return linear_loss(x, self.lm_head.weight, targets.flatten(), of or cross_entropy)
+        return linear_loss(x, self.lm_head.weight, targets.flatten(), of)
 
 
 def _unpadded(start: int, end: int, padding: Int64[Tensor, " B"]) -> Bool[Tensor, "B T S"]:
@@ -250,14 +258,6 @@ def init_weights(model: nn.Module, n_layers: int) -> None:
             parameter.normal_(std=0.02 / math.sqrt(2 * n_layers))
         elif parameter.ndim > 1:  # all but the scales of the norms
             parameter.normal_(std=0.02)
-
-
-def cross_entropy(
-    p: Float[Tensor, "n V"], targets: Int64[Tensor, "n 1"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "n V"]]:
-    """Return the sum of −log p(target), and the gradient for each logit: its p, less 1 at the target."""
-    loss = -p.gather(1, targets).clamp(min=torch.finfo(p.dtype).tiny).log().sum()
-    return loss, p.scatter_add(1, targets, p.new_full(targets.shape, -1))
 
 
 def linear_loss(
